@@ -1,0 +1,34 @@
+// The current stream and the check after a launch, for every .cu file.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/Exception.h>
+
+// Only a torch with CUDA defines it. The weak reference lets one library also load where torch has none; no CUDA tensor
+// can reach a kernel there.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                  void** ret_stream);
+
+namespace mallowspo::cuda {
+
+// The current stream of the current device, which the caller's device guard has set.
+inline cudaStream_t current_stream() {
+  int device = 0;
+  STD_TORCH_CHECK(cudaGetDevice(&device) == cudaSuccess, "no current CUDA device");
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+                  "torch has no current CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline void check_launch() {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "CUDA kernel launch failed: ", cudaGetErrorString(error));
+}
+
+// Enough blocks to fill the device; the kernels walk over what is left.
+inline unsigned blocks_for(int64_t work) { return static_cast<unsigned>(work < 65536 ? work : 65536); }
+
+}  // namespace mallowspo::cuda

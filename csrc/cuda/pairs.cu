@@ -1,0 +1,38 @@
+// The per-pair operators on CUDA: one thread a pair, all arithmetic in double.
+#include "../pairs.h"
+
+#include "launch.h"
+
+namespace mallowspo::cuda {
+namespace {
+
+constexpr int threads = 128;
+
+template <class Args>
+using Element = void (*)(const Args&, int64_t);
+
+template <class Args, Element<Args> at>
+__global__ void each(Args args, int64_t count) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * threads;
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x; i < count; i += step) at(args, i);
+}
+
+template <class Args, Element<Args> f32, Element<Args> f64>
+void launch(const Args& args, int64_t count) {
+  const auto kernel = args.dtype == DType::f64 ? each<Args, f64> : each<Args, f32>;
+  kernel<<<blocks_for((count + threads - 1) / threads), threads, 0, current_stream()>>>(args, count);
+  check_launch();
+}
+
+}  // namespace
+
+void preference_loss(const PairArgs& args) {
+  launch<PairArgs, preference_loss_at<float>, preference_loss_at<double>>(args, args.pairs);
+}
+void preference_loss_backward(const PairArgs& args) { preference_loss(args); }
+void mallows_log_prob(const MallowsArgs& args) {
+  launch<MallowsArgs, mallows_log_prob_at<float>, mallows_log_prob_at<double>>(args, args.count);
+}
+void mallows_log_prob_backward(const MallowsArgs& args) { mallows_log_prob(args); }
+
+}  // namespace mallowspo::cuda

@@ -1,0 +1,279 @@
+// Every operator of torch.ops.mallowspo: its schema, its checks, its outputs, its backends.
+//
+// The code uses torch's stable C++ ABI only, so that one build serves every torch from 2.10 on. The checks here guard
+// memory; the sentences a user reads come from mallowspo.functional. CPU kernels throw std::out_of_range and
+// std::invalid_argument for bad values, which Python sees as IndexError and ValueError.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "rows.h"
+
+namespace mallowspo {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: STD_TORCH_CHECK(false, "expected a float32, float64, bfloat16 or float16 tensor");
+  }
+  return DType::f32;
+}
+
+// Sums run in float32, for float64 inputs in float64.
+ScalarType accumulator_of(const Tensor& t) {
+  return dtype_of(t) == DType::f64 ? ScalarType::Double : ScalarType::Float;
+}
+
+bool same_sizes(const Tensor& a, const Tensor& b, int64_t dims) {
+  if (a.dim() < dims || b.dim() < dims) return false;
+  for (int64_t d = 0; d < dims; ++d)
+    if (a.size(d) != b.size(d)) return false;
+  return true;
+}
+
+void check_same(const Tensor& like, const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == like.dim() && same_sizes(like, t, like.dim()), name, " has another shape than the first tensor");
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " has another dtype than the first tensor");
+  STD_TORCH_CHECK(t.device() == like.device(), name, " is on another device than the first tensor");
+}
+
+// The input in its accumulator's dtype, contiguous; `keep` owns what had to be copied until the kernel has run.
+struct Inputs {
+  Tensor like;
+  std::vector<Tensor> keep;
+
+  const void* operator()(const Tensor& t, const char* name) {
+    check_same(like, t, name);
+    keep.push_back(torch::stable::contiguous(torch::stable::to(t, accumulator_of(t))));
+    return keep.back().const_data_ptr();
+  }
+  const void* operator()(const OptionalTensor& t, const char* name) { return t ? (*this)(*t, name) : nullptr; }
+};
+
+// Calls the backend's kernels for the tensor's device, on that device.
+#if defined(MALLOWSPO_WITH_CUDA)
+#define MALLOWSPO_RUN(ON, NAME, ARGS)                                              \
+  do {                                                                             \
+    if ((ON).is_cpu()) {                                                           \
+      cpu::NAME(ARGS);                                                             \
+    } else {                                                                       \
+      const torch::stable::accelerator::DeviceGuard guard((ON).get_device_index()); \
+      cuda::NAME(ARGS);                                                            \
+    }                                                                              \
+  } while (0)
+#else
+#define MALLOWSPO_RUN(ON, NAME, ARGS) cpu::NAME(ARGS)
+#endif
+
+// ---- token_stats ----------------------------------------------------------------------------------------------------
+
+// logits must have a contiguous last dimension and `labels` must be contiguous; both outlive the arguments.
+TokenStatsArgs token_stats_args(const Tensor& logits, const Tensor& labels, int64_t ignore_index, double temperature) {
+  const int64_t leading = logits.dim() - 1;
+  STD_TORCH_CHECK(leading >= 0 && leading <= RowLayout::max_dims, "logits must have between 1 and 9 dimensions");
+  STD_TORCH_CHECK(logits.size(leading) > 0, "logits has an empty vocabulary");
+  STD_TORCH_CHECK(labels.dim() == leading && same_sizes(logits, labels, leading), "labels must have the shape of logits without its last dimension");
+  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long, "labels must be int64");
+  STD_TORCH_CHECK(labels.device() == logits.device(), "labels and logits are on different devices");
+  STD_TORCH_CHECK(temperature > 0, "temperature must be positive");
+  TokenStatsArgs args{};
+  args.dtype = dtype_of(logits);
+  args.rows = labels.numel();
+  args.vocab = logits.size(leading);
+  args.ignore_index = ignore_index;
+  args.inverse_temperature = 1 / temperature;
+  args.layout.dims = static_cast<int>(leading);
+  for (int64_t d = 0; d < leading; ++d) {
+    args.layout.sizes[d] = logits.size(d);
+    args.layout.strides[d] = logits.stride(d);
+  }
+  args.logits = logits.const_data_ptr();
+  args.labels = labels.const_data_ptr<int64_t>();
+  return args;
+}
+
+Tensor with_contiguous_rows(const Tensor& logits) {
+  const int64_t last = logits.dim() - 1;
+  return last >= 0 && logits.size(last) > 1 && logits.stride(last) != 1 ? torch::stable::contiguous(logits) : logits;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(const Tensor& logits_in, const Tensor& labels_in,
+                                                       int64_t ignore_index, double temperature) {
+  const Tensor logits = with_contiguous_rows(logits_in), labels = torch::stable::contiguous(labels_in);
+  TokenStatsArgs args = token_stats_args(logits, labels, ignore_index, temperature);
+  const auto output = [&] { return torch::stable::new_empty(logits, labels.sizes(), accumulator_of(logits)); };
+  const Tensor logps = output(), entropy = output(), row_max = output(), log_sum = output();
+  args.logps = logps.mutable_data_ptr();
+  args.entropy = entropy.mutable_data_ptr();
+  args.row_max = row_max.mutable_data_ptr();
+  args.log_sum = log_sum.mutable_data_ptr();
+  if (args.rows > 0) MALLOWSPO_RUN(logits, token_stats, args);
+  return {logps, entropy, row_max, log_sum};
+}
+
+Tensor token_stats_backward(const OptionalTensor& grad_logps, const OptionalTensor& grad_entropy, const Tensor& logits_in,
+                            const Tensor& labels_in, const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum,
+                            int64_t ignore_index, double temperature) {
+  const Tensor logits = with_contiguous_rows(logits_in), labels = torch::stable::contiguous(labels_in);
+  TokenStatsBackwardArgs args{};
+  args.forward = token_stats_args(logits, labels, ignore_index, temperature);
+  STD_TORCH_CHECK(same_sizes(labels, entropy, labels.dim()) && entropy.scalar_type() == accumulator_of(logits) &&
+                      entropy.device() == logits.device(),
+                  "entropy must be the output of token_stats for these logits");
+  Inputs saved{entropy, {}};
+  args.forward.entropy = const_cast<void*>(saved(entropy, "entropy"));
+  args.forward.row_max = const_cast<void*>(saved(row_max, "row_max"));
+  args.forward.log_sum = const_cast<void*>(saved(log_sum, "log_sum"));
+  args.grad_logps = saved(grad_logps, "grad_logps");
+  args.grad_entropy = saved(grad_entropy, "grad_entropy");
+  const Tensor grad = torch::stable::new_empty(logits, logits.sizes());
+  args.grad_logits = grad.mutable_data_ptr();
+  if (args.forward.rows > 0) MALLOWSPO_RUN(logits, token_stats_backward, args);
+  return grad;
+}
+
+// ---- preference_loss ------------------------------------------------------------------------------------------------
+
+PairArgs pair_args(Inputs& inputs, const Tensor& chosen, const Tensor& rejected, const OptionalTensor& ref_chosen,
+                   const OptionalTensor& ref_rejected, const OptionalTensor& neg_log_dispersion, int64_t link,
+                   double beta, double gamma, double label_smoothing, bool robust, double smoothing) {
+  STD_TORCH_CHECK(link >= 0 && link < link_count, "unknown link ", link);
+  STD_TORCH_CHECK(neg_log_dispersion || !uses_dispersion(static_cast<Link>(link)), "this link needs neg_log_dispersion");
+  PairArgs args{};
+  args.dtype = accumulator_of(chosen) == ScalarType::Double ? DType::f64 : DType::f32;
+  args.pairs = chosen.numel();
+  args.objective = {static_cast<Link>(link), beta, gamma, label_smoothing, smoothing, robust};
+  args.chosen = inputs(chosen, "chosen_logps");
+  args.rejected = inputs(rejected, "rejected_logps");
+  args.ref_chosen = inputs(ref_chosen, "ref_chosen_logps");
+  args.ref_rejected = inputs(ref_rejected, "ref_rejected_logps");
+  args.dispersion = inputs(neg_log_dispersion, "neg_log_dispersion");
+  return args;
+}
+
+std::tuple<Tensor, Tensor, Tensor> preference_loss(const Tensor& chosen, const Tensor& rejected,
+                                                   const OptionalTensor& ref_chosen, const OptionalTensor& ref_rejected,
+                                                   const OptionalTensor& neg_log_dispersion, int64_t link, double beta,
+                                                   double gamma, double label_smoothing, bool robust, double smoothing) {
+  Inputs inputs{chosen, {}};
+  PairArgs args = pair_args(inputs, chosen, rejected, ref_chosen, ref_rejected, neg_log_dispersion, link, beta, gamma,
+                            label_smoothing, robust, smoothing);
+  const auto output = [&] { return torch::stable::new_empty(chosen, chosen.sizes(), accumulator_of(chosen)); };
+  const Tensor losses = output(), chosen_rewards = output(), rejected_rewards = output();
+  args.losses = losses.mutable_data_ptr();
+  args.chosen_rewards = chosen_rewards.mutable_data_ptr();
+  args.rejected_rewards = rejected_rewards.mutable_data_ptr();
+  if (args.pairs > 0) MALLOWSPO_RUN(chosen, preference_loss, args);
+  return {losses, chosen_rewards, rejected_rewards};
+}
+
+std::tuple<Tensor, Tensor> preference_loss_backward(const Tensor& grad_losses, const Tensor& chosen,
+                                                    const Tensor& rejected, const OptionalTensor& ref_chosen,
+                                                    const OptionalTensor& ref_rejected,
+                                                    const OptionalTensor& neg_log_dispersion, int64_t link, double beta,
+                                                    double gamma, double label_smoothing, bool robust, double smoothing) {
+  Inputs inputs{chosen, {}}, grads{grad_losses, {}};
+  PairArgs args = pair_args(inputs, chosen, rejected, ref_chosen, ref_rejected, neg_log_dispersion, link, beta, gamma,
+                            label_smoothing, robust, smoothing);
+  STD_TORCH_CHECK(same_sizes(chosen, grad_losses, chosen.dim()) && grad_losses.scalar_type() == accumulator_of(chosen) &&
+                      grad_losses.device() == chosen.device(),
+                  "grad_losses must be like the losses");
+  args.grad_losses = grads(grad_losses, "grad_losses");
+  const auto output = [&] { return torch::stable::new_empty(chosen, chosen.sizes(), accumulator_of(chosen)); };
+  const Tensor grad_margin = output(), grad_dispersion = output();
+  args.grad_margin = grad_margin.mutable_data_ptr();
+  args.grad_dispersion = grad_dispersion.mutable_data_ptr();
+  if (args.pairs > 0) MALLOWSPO_RUN(chosen, preference_loss_backward, args);
+  return {grad_margin, grad_dispersion};
+}
+
+// ---- mallows_log_prob -----------------------------------------------------------------------------------------------
+
+MallowsArgs mallows_args(Inputs& inputs, const Tensor& margin, const Tensor& neg_log_dispersion, double smoothing) {
+  MallowsArgs args{};
+  args.dtype = accumulator_of(margin) == ScalarType::Double ? DType::f64 : DType::f32;
+  args.count = margin.numel();
+  args.smoothing = smoothing;
+  args.margin = inputs(margin, "margin");
+  args.dispersion = inputs(neg_log_dispersion, "neg_log_dispersion");
+  return args;
+}
+
+Tensor mallows_log_prob(const Tensor& margin, const Tensor& neg_log_dispersion, double smoothing) {
+  Inputs inputs{margin, {}};
+  MallowsArgs args = mallows_args(inputs, margin, neg_log_dispersion, smoothing);
+  const Tensor log_probs = torch::stable::new_empty(margin, margin.sizes(), accumulator_of(margin));
+  args.log_probs = log_probs.mutable_data_ptr();
+  if (args.count > 0) MALLOWSPO_RUN(margin, mallows_log_prob, args);
+  return log_probs;
+}
+
+std::tuple<Tensor, Tensor> mallows_log_prob_backward(const Tensor& grad_log_probs, const Tensor& margin,
+                                                     const Tensor& neg_log_dispersion, double smoothing) {
+  Inputs inputs{margin, {}}, grads{grad_log_probs, {}};
+  MallowsArgs args = mallows_args(inputs, margin, neg_log_dispersion, smoothing);
+  STD_TORCH_CHECK(same_sizes(margin, grad_log_probs, margin.dim()) &&
+                      grad_log_probs.scalar_type() == accumulator_of(margin) && grad_log_probs.device() == margin.device(),
+                  "grad_log_probs must be like the log-probabilities");
+  args.grad_log_probs = grads(grad_log_probs, "grad_log_probs");
+  const auto output = [&] { return torch::stable::new_empty(margin, margin.sizes(), accumulator_of(margin)); };
+  const Tensor grad_margin = output(), grad_dispersion = output();
+  args.grad_margin = grad_margin.mutable_data_ptr();
+  args.grad_dispersion = grad_dispersion.mutable_data_ptr();
+  if (args.count > 0) MALLOWSPO_RUN(margin, mallows_log_prob_backward, args);
+  return {grad_margin, grad_dispersion};
+}
+
+// The same functions serve every backend; `run` picks the kernels.
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("token_stats", TORCH_BOX(&token_stats));
+  m.impl("token_stats_backward", TORCH_BOX(&token_stats_backward));
+  m.impl("preference_loss", TORCH_BOX(&preference_loss));
+  m.impl("preference_loss_backward", TORCH_BOX(&preference_loss_backward));
+  m.impl("mallows_log_prob", TORCH_BOX(&mallows_log_prob));
+  m.impl("mallows_log_prob_backward", TORCH_BOX(&mallows_log_prob_backward));
+}
+
+}  // namespace
+}  // namespace mallowspo
+
+STABLE_TORCH_LIBRARY(mallowspo, m) {
+  // logits [..., V], labels [...] -> logps, entropy, row_max, log_sum [...]
+  m.def(
+      "token_stats(Tensor logits, Tensor labels, int ignore_index, float temperature)"
+      " -> (Tensor logps, Tensor entropy, Tensor row_max, Tensor log_sum)");
+  m.def(
+      "token_stats_backward(Tensor? grad_logps, Tensor? grad_entropy, Tensor logits, Tensor labels, Tensor entropy,"
+      " Tensor row_max, Tensor log_sum, int ignore_index, float temperature) -> Tensor grad_logits");
+  // all [B]; `link` is mallowspo._C.Link
+  m.def(
+      "preference_loss(Tensor chosen_logps, Tensor rejected_logps, Tensor? ref_chosen_logps, Tensor? ref_rejected_logps,"
+      " Tensor? neg_log_dispersion, int link, float beta, float gamma, float label_smoothing, bool robust,"
+      " float smoothing) -> (Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards)");
+  m.def(
+      "preference_loss_backward(Tensor grad_losses, Tensor chosen_logps, Tensor rejected_logps, Tensor? ref_chosen_logps,"
+      " Tensor? ref_rejected_logps, Tensor? neg_log_dispersion, int link, float beta, float gamma,"
+      " float label_smoothing, bool robust, float smoothing) -> (Tensor grad_margin, Tensor grad_dispersion)");
+  // margin and neg_log_dispersion of one shape
+  m.def("mallows_log_prob(Tensor margin, Tensor neg_log_dispersion, float smoothing) -> Tensor log_probs");
+  m.def(
+      "mallows_log_prob_backward(Tensor grad_log_probs, Tensor margin, Tensor neg_log_dispersion, float smoothing)"
+      " -> (Tensor grad_margin, Tensor grad_dispersion)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mallowspo, CPU, m) { mallowspo::implement(m); }
+#if defined(MALLOWSPO_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(mallowspo, CUDA, m) { mallowspo::implement(m); }
+#endif

@@ -1,0 +1,51 @@
+// One element of the per-pair operators, for the CPU loop and the CUDA thread alike.
+#pragma once
+
+#include "rows.h"
+
+namespace mallowspo {
+
+// NaN for what is no neg-log dispersion. The CPU operators name such a value and raise before they come here; on CUDA
+// that would have to wait for the device, so the pair turns NaN.
+MALLOWSPO_FN double checked_dispersion(double a) { return a >= 0 && a <= 1.7976931348623157e308 ? a : ::nan(""); }
+
+template <class T>
+MALLOWSPO_FN double element(const void* tensor, int64_t i) {
+  return tensor ? static_cast<double>(static_cast<const T*>(tensor)[i]) : 0.0;
+}
+
+template <class T>
+MALLOWSPO_FN void set_element(void* tensor, int64_t i, double value) {
+  static_cast<T*>(tensor)[i] = static_cast<T>(value);
+}
+
+template <class T>
+MALLOWSPO_FN void preference_loss_at(const PairArgs& args, int64_t i) {
+  const double won = element<T>(args.chosen, i) - element<T>(args.ref_chosen, i);
+  const double lost = element<T>(args.rejected, i) - element<T>(args.ref_rejected, i);
+  const PairLoss pair = pair_loss(won - lost, checked_dispersion(element<T>(args.dispersion, i)), args.objective);
+  if (args.grad_losses) {
+    const double g = element<T>(args.grad_losses, i);
+    set_element<T>(args.grad_margin, i, g * pair.d_margin);
+    set_element<T>(args.grad_dispersion, i, g * pair.d_dispersion);
+  } else {
+    set_element<T>(args.losses, i, pair.loss);
+    set_element<T>(args.chosen_rewards, i, args.objective.beta * won);
+    set_element<T>(args.rejected_rewards, i, args.objective.beta * lost);
+  }
+}
+
+template <class T>
+MALLOWSPO_FN void mallows_log_prob_at(const MallowsArgs& args, int64_t i) {
+  const double a = checked_dispersion(element<T>(args.dispersion, i));
+  const LinkValue v = mallows_link(element<T>(args.margin, i), a, args.smoothing);
+  if (args.grad_log_probs) {
+    const double g = element<T>(args.grad_log_probs, i);
+    set_element<T>(args.grad_margin, i, g * v.d_margin);
+    set_element<T>(args.grad_dispersion, i, g * v.d_dispersion);
+  } else {
+    set_element<T>(args.log_probs, i, v.log_prob);
+  }
+}
+
+}  // namespace mallowspo

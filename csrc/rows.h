@@ -1,0 +1,82 @@
+// What an operator hands to a backend: plain pointers, sizes and strides, the same for CPU and CUDA.
+#pragma once
+
+#include "core/defs.h"
+#include "core/preference.h"
+
+namespace mallowspo {
+
+enum class DType : int32_t { f32, f64, bf16, f16 };
+
+// Rows of a tensor [..., V] whose leading dimensions may have any strides; strides count elements.
+struct RowLayout {
+  static constexpr int max_dims = 8;
+  int dims;
+  int64_t sizes[max_dims], strides[max_dims];
+
+  template <class Int>
+#if defined(__CUDACC__)
+  __host__ __device__
+#endif
+      Int offset(Int row) const {
+    Int at = 0;
+    for (int d = dims - 1; d >= 0; --d) {
+      at += row % sizes[d] * strides[d];
+      row /= sizes[d];
+    }
+    return at;
+  }
+};
+
+struct TokenStatsArgs {
+  DType dtype;
+  int64_t rows, vocab, ignore_index;
+  double inverse_temperature;
+  RowLayout layout;       // of logits
+  const void* logits;     // last dimension contiguous
+  const int64_t* labels;  // [rows], contiguous
+  // [rows], float32 (float64 for float64 logits). The maximum and the log of the sum are kept apart: their sum, the
+  // log-sum-exp, would lose digits where the logits carry a large offset.
+  void *logps, *entropy, *row_max, *log_sum;
+};
+
+struct TokenStatsBackwardArgs {
+  TokenStatsArgs forward;               // its outputs are inputs here
+  const void *grad_logps, *grad_entropy;  // [rows] or null
+  void* grad_logits;                    // [rows, vocab], contiguous
+};
+
+struct PairArgs {
+  DType dtype;  // f32 or f64, of every tensor here
+  int64_t pairs;
+  Objective objective;
+  const void *chosen, *rejected, *ref_chosen, *ref_rejected, *dispersion;  // [pairs]; the last three may be null
+  void *losses, *chosen_rewards, *rejected_rewards;                       // forward
+  const void* grad_losses;                                                // backward
+  void *grad_margin, *grad_dispersion;
+};
+
+struct MallowsArgs {
+  DType dtype;
+  int64_t count;
+  double smoothing;
+  const void *margin, *dispersion;
+  void* log_probs;             // forward
+  const void* grad_log_probs;  // backward
+  void *grad_margin, *grad_dispersion;
+};
+
+#define MALLOWSPO_DECLARE_BACKEND(NAME)                        \
+  namespace NAME {                                             \
+  void token_stats(const TokenStatsArgs&);                     \
+  void token_stats_backward(const TokenStatsBackwardArgs&);    \
+  void preference_loss(const PairArgs&);                       \
+  void preference_loss_backward(const PairArgs&);              \
+  void mallows_log_prob(const MallowsArgs&);                   \
+  void mallows_log_prob_backward(const MallowsArgs&);          \
+  }
+MALLOWSPO_DECLARE_BACKEND(cpu)
+MALLOWSPO_DECLARE_BACKEND(cuda)
+#undef MALLOWSPO_DECLARE_BACKEND
+
+}  // namespace mallowspo
