@@ -1,0 +1,30 @@
+"""Drives CMake for pip: everything about the native build is said in CMakeLists.txt."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        for tool in ("cmake", "ninja"):
+            if shutil.which(tool) is None:
+                sys.exit(f"mallowspo: {tool} was not found; run: pip install {tool}")
+        build = Path(self.build_temp).resolve()
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja"]
+        configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DMALLOWSPO_OUTPUT={output}"]
+        for command in (configure, ["cmake", "--build", build]):
+            if subprocess.call(command):
+                sys.exit(
+                    "mallowspo: the native build failed; the line that begins with 'mallowspo:' above, or the compiler's first error, says why."
+                )
+
+
+setup(ext_modules=[Extension("mallowspo._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
