@@ -1,0 +1,40 @@
+"""MallowsPO: preference fine-tuning with the dispersion of the preferences in the loss (arXiv 2405.14953).
+
+``mallowspo.functional`` needs torch alone; the trainer and what it stands on (transformers, datasets, accelerate) are
+imported on first use.
+"""
+
+import importlib
+
+import torch
+
+MINIMUM_TORCH = (2, 10)
+
+# Checked before the extension is loaded: an older torch lacks symbols and would fail with a linker's message.
+if torch.__version__ < MINIMUM_TORCH:
+    raise ImportError(
+        f"mallowspo needs torch {'.'.join(map(str, MINIMUM_TORCH))} or newer, found {torch.__version__}; "
+        "run: pip install 'torch>=2.10'"
+    )
+
+try:
+    from mallowspo import _C
+except ModuleNotFoundError as error:
+    raise ImportError("the native extension of mallowspo is not built; run: pip install .") from error
+
+__version__ = _C.build["version"]
+
+_EXPORTS = {
+    "MallowsConfig": "config",
+    "MallowsTrainer": "trainer",
+    "PreferenceObjective": "objective",
+    "preset": "objective",
+    "presets": "objective",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name):
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f"mallowspo.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module 'mallowspo' has no attribute {name!r}")

@@ -1,0 +1,333 @@
+"""The functions a training loop calls. Needs torch alone.
+
+Symbols: B pairs, N tokens, V vocabulary, D hidden size; log is natural; a = -log phi >= 0 is the neg-log dispersion of a
+prompt. Results are float32, for float64 inputs float64. Inputs are checked here, once; what the functions compute is
+written in csrc/core and, in plain Python, in :mod:`mallowspo.reference`.
+
+Devices: CPU and CUDA. On the CPU a label outside the vocabulary raises IndexError and a dispersion that is negative,
+infinite or NaN raises ValueError; on CUDA, where naming the value would stop the stream, such a label traps the kernel
+and such a dispersion makes its own pair NaN.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from mallowspo import _C
+from mallowspo.autograd import (
+    LinearTokenStatsFunction,
+    MallowsLogProbFunction,
+    PreferenceLossFunction,
+    TokenStatsFunction,
+)
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# The links by name, and those that read the neg-log dispersion: plain values, so that torch.compile can trace past them.
+LINKS = {link.name.replace("_", "-"): int(link) for link in _C.Link}
+MALLOWS_LINKS = frozenset(name for name, value in LINKS.items() if _C.uses_dispersion(_C.Link(value)))
+HAS_CUDA_KERNELS = _C.build["cuda"].startswith("yes")
+
+# Normalised entropies are kept this far from 0 and 1, where -log is infinite and zero: a is at most 13.8 times the scale.
+ENTROPY_CLAMP = 1e-6
+
+# Bytes of logits that linear_token_stats holds at a time: two such blocks, values and gradient, make 64 MiB.
+CHUNK_BYTES = 32 * 2**20
+
+
+class TokenStats(NamedTuple):
+    """Log-probability of each label and entropy (nats) of each row's distribution."""
+
+    logps: torch.Tensor
+    entropy: torch.Tensor
+
+
+class PreferenceLoss(NamedTuple):
+    """Loss of each pair, unreduced and differentiable, and the detached rewards beta * log-ratio."""
+
+    losses: torch.Tensor
+    chosen_rewards: torch.Tensor
+    rejected_rewards: torch.Tensor
+
+
+def token_stats(logits, labels, *, ignore_index=-100, temperature=1.0):
+    """Log-probability of the labels and entropy of the softmax, in one pass over the logits.
+
+    Args:
+        logits: [..., V], float32, float64, bfloat16 or float16; any strides in the leading dimensions cost no copy.
+            A logit of -inf is a token of probability 0. A NaN, a +inf or a row of -inf makes that row NaN.
+        labels: [...], int64.
+        ignore_index: label of the rows to leave out; their results and gradients are 0.
+        temperature: divides the logits, > 0.
+
+    Returns:
+        TokenStats(logps, entropy), both [...], float32 (float64 for float64 logits), each differentiable alone.
+
+    Raises:
+        TypeError: a dtype that is not listed.
+        ValueError: shapes or devices that disagree, an empty vocabulary, a temperature that is not positive.
+        IndexError: a label outside [0, V) that is not ignore_index (CPU).
+    """
+    _check_tensor("logits", logits, DTYPES)
+    _check_tensor("labels", labels, (torch.int64,))
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., V] with V >= 1, got shape {list(logits.shape)}")
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels must have the shape of logits without the vocabulary, {list(logits.shape[:-1])}, "
+            f"got {list(labels.shape)}"
+        )
+    _check_same_device(logits=logits, labels=labels)
+    _check_positive("temperature", temperature)
+    return TokenStats(*TokenStatsFunction.apply(logits, labels, ignore_index, float(temperature)))
+
+
+def linear_token_stats(
+    hidden, weight, labels, *, bias=None, ignore_index=-100, temperature=1.0, softcap=None, chunk_tokens=None
+):
+    """:func:`token_stats` of ``hidden @ weight.T + bias``, without holding logits of more than a chunk of tokens.
+
+    Args:
+        hidden: [..., D], float32, float64, bfloat16 or float16. Under autocast, hidden, weight and bias are cast to its
+            dtype, as in ``torch.nn.functional.linear``.
+        weight: [V, D], same dtype as hidden.
+        labels: [...], int64.
+        bias: [V] or None.
+        ignore_index: label of the tokens to leave out; their results and gradients are 0.
+        temperature: divides the (capped) logits, > 0.
+        softcap: c > 0 replaces the logits l by c tanh(l / c), as Gemma 2 does; None leaves them.
+        chunk_tokens: tokens per chunk; default: as many as keep a chunk's logits and their gradient within 64 MiB.
+
+    Returns:
+        TokenStats(logps, entropy), both [...], float32 (float64 for float64 inputs), differentiable in hidden, weight
+        and bias; the weight's gradient is accumulated in float32.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`token_stats`.
+    """
+    _check_tensor("hidden", hidden, DTYPES)
+    _check_tensor("weight", weight, DTYPES)
+    _check_tensor("labels", labels, (torch.int64,))
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if weight.dim() != 2 or weight.shape[0] == 0 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be [..., D] and weight [V, D] with V >= 1, got {list(hidden.shape)} and {list(weight.shape)}"
+        )
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels must have the shape of hidden without its last dimension, {list(hidden.shape[:-1])}, "
+            f"got {list(labels.shape)}"
+        )
+    tensors = {"hidden": hidden, "weight": weight}
+    if bias is not None:
+        _check_tensor("bias", bias, DTYPES)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
+        tensors["bias"] = bias
+    _check_same_dtype(**tensors)
+    _check_same_device(**tensors, labels=labels)
+    _check_positive("temperature", temperature)
+    if softcap is not None:
+        _check_positive("softcap", softcap)
+    if chunk_tokens is None:
+        chunk_tokens = max(1, CHUNK_BYTES // (weight.shape[0] * max(hidden.element_size(), 4 if softcap else 1)))
+    elif not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be an integer >= 1 or None, got {chunk_tokens!r}")
+    flat = LinearTokenStatsFunction.apply(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1),
+        ignore_index, float(temperature), softcap, chunk_tokens,
+    )  # fmt: skip
+    return TokenStats(*(stat.reshape(labels.shape) for stat in flat))
+
+
+def neg_log_dispersion(chosen_entropy, rejected_entropy, num_outcomes, *, scale=1.0):
+    """The paper's estimate of -log phi(x) from the reference model's entropies.
+
+    a = -scale * log(Hbar), Hbar = (chosen_entropy + rejected_entropy) / (2 log num_outcomes), clamped to
+    [ENTROPY_CLAMP, 1 - ENTROPY_CLAMP]. MallowsPO, arXiv 2405.14953, section on the dispersion index, in the form of the
+    authors' code.
+
+    Args:
+        chosen_entropy, rejected_entropy: [B], mean entropy in nats over the completion tokens of each response (for a
+            bandit: the entropy of the policy, twice).
+        num_outcomes: what the entropy ranges over: the vocabulary size, or a bandit's number of responses; >= 2.
+        scale: the paper's phi_star, > 0.
+
+    Returns:
+        [B], the dtype of the entropies, > 0: large where the reference is sure, small where it is not.
+
+    Raises:
+        TypeError, ValueError: as :func:`token_stats`; num_outcomes below 2; scale not positive.
+    """
+    _check_tensor("chosen_entropy", chosen_entropy, DTYPES)
+    _check_tensor("rejected_entropy", rejected_entropy, DTYPES)
+    _check_alike(chosen_entropy=chosen_entropy, rejected_entropy=rejected_entropy)
+    if num_outcomes < 2:
+        raise ValueError(f"num_outcomes must be at least 2, got {num_outcomes}")
+    _check_positive("scale", scale)
+    share = (chosen_entropy + rejected_entropy) / (2 * math.log(num_outcomes))
+    return -scale * torch.log(share.clamp(ENTROPY_CLAMP, 1 - ENTROPY_CLAMP))
+
+
+def mallows_log_prob(margin, neg_log_dispersion, *, smoothing=1.0):
+    """log g(z; a): the Mallows model's log-probability, under Kendall's distance, that the first of two responses wins.
+
+    g(z) = (1 - sgn z) / 2 + sgn(z) [(|z| + 1) / (1 - phi^(|z| + 1)) - |z| / (1 - phi^|z|)], phi = e^-a (Mallows 1957, as
+    used by arXiv 2405.14953). It jumps at 0 and is meant for |z| >= 1, so on |z| < smoothing it is replaced by the odd
+    cubic about 1/2 that meets it in value and slope at the ends. The cubic is this library's choice, not the paper's.
+
+    Args:
+        margin: z, any shape; a tensor or a number, at least one of the two arguments a tensor.
+        neg_log_dispersion: a >= 0, broadcast against margin. a = 0 gives log 1/2 everywhere.
+        smoothing: half-width of the cubic; 0 for the raw function, which at z = 0 is log 1/2 with the slope of its sides.
+
+    Returns:
+        The broadcast shape, float32 (float64 for float64), finite for finite arguments, differentiable in both.
+
+    Raises:
+        TypeError: dtypes that disagree or are not floating point. ValueError: smoothing negative or not finite, shapes
+            that do not broadcast, a dispersion that is negative or not finite (CPU).
+    """
+    if not torch.is_tensor(margin) and torch.is_tensor(neg_log_dispersion):
+        margin = torch.as_tensor(margin, dtype=neg_log_dispersion.dtype, device=neg_log_dispersion.device)
+    _check_tensor("margin", margin, DTYPES)
+    if not torch.is_tensor(neg_log_dispersion):
+        neg_log_dispersion = torch.as_tensor(neg_log_dispersion, dtype=margin.dtype, device=margin.device)
+    _check_tensor("neg_log_dispersion", neg_log_dispersion, DTYPES)
+    _check_same_dtype(margin=margin, neg_log_dispersion=neg_log_dispersion)
+    _check_same_device(margin=margin, neg_log_dispersion=neg_log_dispersion)
+    _check_smoothing(smoothing)
+    try:
+        margin, neg_log_dispersion = torch.broadcast_tensors(margin, neg_log_dispersion)
+    except RuntimeError as error:
+        raise ValueError(f"margin and neg_log_dispersion do not broadcast: {error}") from error
+    return MallowsLogProbFunction.apply(margin, neg_log_dispersion, float(smoothing))
+
+
+def preference_loss(
+    chosen_logps,
+    rejected_logps,
+    ref_chosen_logps=None,
+    ref_rejected_logps=None,
+    *,
+    neg_log_dispersion=None,
+    link="mallows-theta",
+    beta=0.1,
+    gamma=0.0,
+    label_smoothing=0.0,
+    robust=False,
+    smoothing=1.0,
+):
+    """The loss of each preference pair: -log-likelihood of the margin under a link.
+
+    h = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps), z = beta h - gamma, and the loss is
+    -(1 - label_smoothing) ll(z) - label_smoothing ll(-z), with ll by `link`:
+
+    - ``bradley-terry``: log sigmoid(z) (DPO, arXiv 2305.18290);
+    - ``ipo``: -(z - 1/2)^2, which is beta^2 times (h - 1/(2 beta))^2 (arXiv 2310.12036);
+    - ``hinge``: -max(0, 1 - z);
+    - ``mallows-theta``, ``mallows-ipo``, ``mallows-hinge``: the same of 2 a z, a the neg-log dispersion (arXiv 2405.14953);
+    - ``mallows-phi``: log g(z; a), see :func:`mallows_log_prob`.
+
+    Args:
+        chosen_logps, rejected_logps: [B] (any one shape), log-probabilities of the two responses, summed or averaged over
+            tokens by the caller; float32, float64, bfloat16 or float16.
+        ref_chosen_logps, ref_rejected_logps: the same under the reference model, or both None.
+        neg_log_dispersion: a >= 0, [B]; for the mallows links and only for them.
+        beta: > 0, scale of the margin. gamma: target margin subtracted from it.
+        label_smoothing: in [0, 1/2), the assumed share of flipped labels.
+        robust: divide out the smoothing's bias instead: (-(1 - e) ll(z) + e ll(-z)) / (1 - 2 e) (arXiv 2403.00409).
+        smoothing: see :func:`mallows_log_prob`; read by ``mallows-phi`` alone.
+
+    Returns:
+        PreferenceLoss(losses, chosen_rewards, rejected_rewards), all [B], float32 (float64 for float64). The losses are
+        differentiable in all five tensors; the rewards, beta times the log-ratio, are detached.
+
+    Raises:
+        TypeError: dtypes that disagree. ValueError: shapes or devices that disagree, an unknown link, one reference
+            without the other, a missing or superfluous dispersion, a number out of its range.
+    """
+    tensors = {"chosen_logps": chosen_logps, "rejected_logps": rejected_logps}
+    if (ref_chosen_logps is None) != (ref_rejected_logps is None):
+        raise ValueError("ref_chosen_logps and ref_rejected_logps come together: give both, or neither")
+    if ref_chosen_logps is not None:
+        tensors |= {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
+    check_link(link)
+    if (link in MALLOWS_LINKS) != (neg_log_dispersion is not None):
+        raise ValueError(
+            f"link {link!r} needs neg_log_dispersion"
+            if neg_log_dispersion is None
+            else f"link {link!r} does not read neg_log_dispersion; leave it out or take a mallows link"
+        )
+    if neg_log_dispersion is not None:
+        tensors["neg_log_dispersion"] = neg_log_dispersion
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor, DTYPES)
+    _check_alike(**tensors)
+    check_objective_numbers(beta, gamma, label_smoothing, smoothing)
+    return PreferenceLoss(
+        *PreferenceLossFunction.apply(
+            chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, neg_log_dispersion,
+            LINKS[link], float(beta), float(gamma), float(label_smoothing), bool(robust), float(smoothing),
+        )
+    )  # fmt: skip
+
+
+def check_link(name):
+    """ValueError with the choices for an unknown link."""
+    if name not in LINKS:
+        raise ValueError(f"unknown link {name!r}; choose one of {', '.join(LINKS)}")
+
+
+def check_objective_numbers(beta, gamma, label_smoothing, smoothing):
+    """ValueError for a number that no preference objective can have."""
+    _check_positive("beta", beta)
+    if not math.isfinite(gamma):
+        raise ValueError(f"gamma must be finite, got {gamma}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    _check_smoothing(smoothing)
+
+
+def _check_smoothing(smoothing):
+    if not (math.isfinite(smoothing) and smoothing >= 0):
+        raise ValueError(f"smoothing must be finite and >= 0 (0: the raw function), got {smoothing}")
+
+
+def _check_positive(name, value):
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and positive, got {value}")
+
+
+def _check_tensor(name, tensor, dtypes):
+    if not torch.is_tensor(tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(str(d)[6:] for d in dtypes)}, got {str(tensor.dtype)[6:]}")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name} is on {tensor.device}; mallowspo has kernels for cpu and cuda: move it there")
+    if tensor.device.type == "cuda" and not HAS_CUDA_KERNELS:
+        raise ValueError(
+            f"{name} is on {tensor.device} but mallowspo was built without CUDA kernels ({_C.build['cuda']}); "
+            "rebuild with nvcc on PATH and MALLOWSPO_CUDA=1"
+        )
+
+
+def _check_same_device(**tensors):
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        raise ValueError("move to one device: " + ", ".join(f"{n} is on {t.device}" for n, t in tensors.items()))
+
+
+def _check_same_dtype(**tensors):
+    if len({tensor.dtype for tensor in tensors.values()}) > 1:
+        raise TypeError("cast to one dtype: " + ", ".join(f"{n} is {str(t.dtype)[6:]}" for n, t in tensors.items()))
+
+
+def _check_alike(**tensors):
+    if len({tensor.shape for tensor in tensors.values()}) > 1:
+        raise ValueError("shapes must agree: " + ", ".join(f"{n} is {list(t.shape)}" for n, t in tensors.items()))
+    _check_same_dtype(**tensors)
+    _check_same_device(**tensors)
