@@ -1,0 +1,330 @@
+"""Preference data: from a data set of pairs to the padded batches the trainer scores.
+
+`tokenize_pairs` turns text or conversations into token ids once; `PreferenceCollator` pads rows of them and lists the
+positions to score. The formats are TRL's preference formats.
+"""
+
+import json
+import logging
+import math
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # what tokenize_pairs makes
+PAIR_COLUMNS = ("neg_log_dispersion", "agreement")  # one number a pair, which it keeps
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "ref_chosen_entropy", "ref_rejected_entropy")
+
+_PROMPT_TOO_LONG, _EMPTY_COMPLETION = "prompt too long", "empty completion"
+_REVISION = 1  # raise when the tokens change: the `datasets` cache knows _tokenize_pair by its name, not by its code
+
+
+def tokenize_pairs(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = 1024,
+    num_proc: int | None = None,
+    desc: str = "Tokenizing preference pairs",
+    drop_counts: dict[str, int] | None = None,
+) -> Dataset:
+    """Tokenizes a preference data set.
+
+    Formats, all with the columns `chosen` and `rejected`:
+
+    - standard: `prompt`, `chosen`, `rejected` are strings; the text of a side is `prompt + chosen`. Tokenized with the
+      tokenizer's own special tokens; a completion that does not end with EOS gets one, no BOS or EOS is doubled.
+    - conversational: the three are lists of messages `{"role": ..., "content": ...}`. The chat template is applied
+      once to `prompt + chosen`, and nothing is added to what it renders. The optional columns `tools` (a list, or a
+      JSON string of one) and `chat_template_kwargs` (a dict) are passed to it.
+    - implicit prompt: no column `prompt`. For conversations the prompt is the leading messages that both sides share,
+      all but the last message of a side at most. For strings it is the longest common text that both sides continue
+      with whitespace, so that no word is cut and the whitespace belongs to the completion; it may be empty.
+
+    Each sequence is the tokenization of its whole text, not of two halves: the prompt ids are what the tokenizations
+    of the prompt (with the generation prompt), of prompt + chosen and of prompt + rejected have in common, and a token
+    that straddles the boundary belongs to the completion.
+
+    A sequence is cut to its first `max_length` tokens. A pair with a side that keeps no completion token to score is
+    dropped: the prompt fills `max_length`, or the completion is empty (when nothing precedes the completion, not even
+    BOS, its first token has no prediction and does not count). One warning states how many were dropped and why.
+
+    Args:
+        dataset: The pairs. Further columns are ignored, except `neg_log_dispersion` (finite, >= 0; 0 is phi = 1) and
+            `agreement` (in (0.5, 1]), which are kept as float64.
+        tokenizer: Needs a chat template for conversations, an EOS token for plain text (a policy trained without
+            one never learns to stop).
+        max_length: Longest sequence in tokens, prompt included, at least 2. None: no limit.
+        num_proc: Processes to tokenize with. None: this one.
+        desc: Label of the progress bar.
+        drop_counts: If given, receives the number of dropped pairs under "prompt too long" and "empty completion".
+
+    Returns:
+        A data set with `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int32; the last two are completion tokens
+        only), `row` (the pair's row in `dataset`) and the kept columns, in the order of the input.
+
+    Raises:
+        TypeError: `dataset` is no `datasets.Dataset`, or a row holds neither text nor messages.
+        ValueError: The data set is empty, lacks columns or loses all its pairs; a row holds None, mixes text and
+            messages or has an illegal number; the tokenizer lacks what the format needs; `max_length` is below 2.
+    """
+    columns = _checked_columns(dataset)
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
+        raise ValueError(f"max_length must be None or an int of at least 2, got {max_length!r}")
+    limit = sys.maxsize if max_length is None else max_length
+    features = {name: List(Value("int32")) for name in TOKEN_COLUMNS}
+    features |= {"row": Value("int64"), "dropped": Value("string")}
+    features |= {name: Value("float64") for name in PAIR_COLUMNS if name in columns}
+    pairs = dataset.with_format(None).select_columns(columns)
+    tokenized = pairs.map(
+        _tokenize_pair,
+        with_indices=True,
+        fn_kwargs={"tokenizer": tokenizer, "max_length": limit, "revision": _REVISION},
+        remove_columns=columns,
+        features=Features(features),
+        num_proc=num_proc,
+        desc=desc,
+    )
+    reasons = tokenized["dropped"][:]
+    counts = Counter(reasons)
+    if drop_counts is not None:
+        drop_counts.update({reason: counts[reason] for reason in (_PROMPT_TOO_LONG, _EMPTY_COMPLETION)})
+    tokenized = tokenized.remove_columns("dropped")
+    num_dropped = len(reasons) - counts[""]
+    if num_dropped == 0:
+        return tokenized
+    summary = (
+        f"{counts[_PROMPT_TOO_LONG]} with a prompt too long (max_length={max_length} tokens or more), "
+        f"{counts[_EMPTY_COMPLETION]} with an empty completion (no token to score)"
+    )
+    if num_dropped == len(reasons):
+        raise ValueError(
+            f"all {num_dropped} preference pairs were dropped: {summary}; raise max_length or shorten the prompts, "
+            "and give every pair two completions with text"
+        )
+    logger.warning("dropped %d of %d preference pairs: %s", num_dropped, len(reasons), summary)
+    return tokenized.select([row for row, reason in enumerate(reasons) if not reason])
+
+
+def _checked_columns(dataset: Dataset) -> list[str]:
+    """The columns of `dataset` that are read; raises where it is no data set of pairs."""
+    if isinstance(dataset, IterableDataset):
+        raise TypeError("an IterableDataset is not supported; materialise it: Dataset.from_list(list(dataset))")
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"dataset must be a datasets.Dataset (one split), got {type(dataset).__name__}")
+    if len(dataset) == 0:
+        raise ValueError("the preference data set is empty")
+    found = dataset.column_names
+    missing = [name for name in ("chosen", "rejected") if name not in found]
+    if missing:
+        raise ValueError(
+            f"the preference data set lacks {missing}: it needs the columns 'chosen' and 'rejected', and 'prompt' "
+            f"unless both hold the prompt; found {found}"
+        )
+    known = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", *PAIR_COLUMNS)
+    return [name for name in known if name in found]
+
+
+def _tokenize_pair(
+    row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, max_length: int, revision: int
+) -> dict[str, Any]:
+    """One output row of `tokenize_pairs`, with the reason to drop it, or "", in `dropped`."""
+    prompt, chosen, rejected = _split_row(row, index)
+    if isinstance(prompt, str):
+        if tokenizer.eos_token_id is None:
+            raise ValueError("plain text needs an EOS token to end the completions with: set tokenizer.eos_token")
+        sequences = _encode_texts([prompt, prompt + chosen, prompt + rejected], tokenizer)
+    else:
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                "conversations need a chat template: set tokenizer.chat_template, or give plain text in 'prompt', "
+                "'chosen' and 'rejected'"
+            )
+        texts = [_render(prompt, row, tokenizer, add_generation_prompt=True)]
+        texts += [_render(prompt + completion, row, tokenizer) for completion in (chosen, rejected)]
+        sequences = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    prompt_length = _common_length(*sequences)
+    completions = [ids[prompt_length:] for ids in sequences[1:]]
+    if isinstance(prompt, str):
+        for completion in completions:
+            if completion[-1:] != [tokenizer.eos_token_id]:
+                completion.append(tokenizer.eos_token_id)
+
+    dropped = ""
+    if prompt_length >= max_length:
+        dropped = _PROMPT_TOO_LONG
+    elif prompt_length + min(map(len, completions)) <= max(prompt_length, 1):  # token 0 has no prediction
+        dropped = _EMPTY_COMPLETION
+    return {
+        "prompt_ids": sequences[0][:prompt_length],
+        "chosen_ids": completions[0][: max_length - prompt_length],
+        "rejected_ids": completions[1][: max_length - prompt_length],
+        **{name: _checked_number(name, row[name], index) for name in PAIR_COLUMNS if name in row},
+        "row": index,
+        "dropped": dropped,
+    }
+
+
+def _split_row(row: dict[str, Any], index: int) -> tuple[Any, Any, Any]:
+    """Prompt, chosen and rejected completion of a row: three strings, or three lists of messages."""
+    names = [name for name in ("prompt", "chosen", "rejected") if name in row]
+    for name in names:
+        _check_text_or_messages(name, row[name], index)
+    if len({isinstance(row[name], str) for name in names}) > 1:
+        kinds = ", ".join(f"{name!r} is a {type(row[name]).__name__}" for name in names)
+        raise ValueError(
+            f"row {index} mixes text and messages ({kinds}); use one of them throughout, and remove the column "
+            "'prompt' if 'chosen' and 'rejected' hold the whole conversation"
+        )
+    chosen, rejected = row["chosen"], row["rejected"]
+    if "prompt" in row:
+        return row["prompt"], chosen, rejected
+    length = _common_length(chosen, rejected)
+    if isinstance(chosen, str):
+        while length and not all(_word_ends(text, length) for text in (chosen, rejected)):
+            length -= 1
+    else:
+        length = max(0, min(length, len(chosen) - 1, len(rejected) - 1))
+    return chosen[:length], chosen[length:], rejected[length:]
+
+
+def _word_ends(text: str, position: int) -> bool:
+    return text[position : position + 1].isspace() and not text[position - 1].isspace()
+
+
+def _check_text_or_messages(name: str, value: Any, index: int) -> None:
+    """Raises unless `value` is a string or a list of messages that say something."""
+    if value is None:
+        raise ValueError(f"row {index}: {name!r} is None; fill it in or remove the row")
+    if isinstance(value, str):
+        return
+    if not isinstance(value, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
+        raise TypeError(
+            f"row {index}: {name!r} must be a string or a list of messages with 'role' and 'content', got {value!r}"
+        )
+    for message in value:
+        if all(content is None for key, content in message.items() if key != "role"):
+            raise ValueError(f"row {index}: {name!r} has a message without content: {message!r}")
+
+
+def _checked_number(name: str, value: Any, index: int) -> float:
+    """`value` of a pair column as a float; raises ValueError outside its range."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name == "agreement":
+        legal, wanted = is_number and 0.5 < value <= 1.0, "a number in (0.5, 1]"
+    else:
+        legal, wanted = is_number and 0.0 <= value < math.inf, "a finite number >= 0"
+    if not legal:
+        raise ValueError(f"row {index}: {name!r} must be {wanted}, got {value!r}")
+    return float(value)
+
+
+def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each text, with the tokenizer's own special tokens except the EOS it appends itself.
+
+    That EOS would end the prompt and hide where it continues. A text that begins with BOS keeps one BOS only.
+    """
+    encoded = tokenizer(texts, return_special_tokens_mask=True, verbose=False)
+    sequences = []
+    for ids, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+        start = 1 if ids[:2] == [tokenizer.bos_token_id] * 2 else 0
+        # The mask marks what the tokenizer added: an EOS of the text stays. So does a lone BOS that is also EOS.
+        added_eos = special[-1:] == [1] and ids[-1] == tokenizer.eos_token_id
+        added_eos &= len(ids) > start + (tokenizer.bos_token_id == tokenizer.eos_token_id)
+        sequences.append(ids[start : len(ids) - added_eos])
+    return sequences
+
+
+def _render(messages: list, row: dict, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> str:
+    """The chat template's text for `messages`; "" for none, which templates do not accept."""
+    if not messages:
+        return ""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    # Arrow fills the keys a row does not have with None, which a template would take for a value.
+    options = {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+    return tokenizer.apply_chat_template(
+        messages, tools=tools or None, add_generation_prompt=add_generation_prompt, tokenize=False, **options
+    )
+
+
+def _common_length(*sequences: Any) -> int:
+    """Length of the longest common prefix."""
+    length = 0
+    for items in zip(*sequences, strict=False):
+        if any(item != items[0] for item in items[1:]):
+            break
+        length += 1
+    return length
+
+
+@dataclass
+class PreferenceCollator:
+    """Pads B tokenized pairs into one batch of 2B rows and lists the positions to score.
+
+    Rows 0..B-1 are prompt + chosen, rows B..2B-1 prompt + rejected, padded on the right to the longest (T tokens). A
+    completion token is predicted by the position before it; the first token of a row with an empty prompt has none
+    and is not scored. N is the number of scored tokens; they come row by row, in the order of the row.
+
+    Args:
+        pad_token_id: The id to pad with; padded positions are masked and never scored.
+        pad_to_multiple_of: If set, T is rounded up to a multiple of it.
+
+    Raises:
+        TypeError: `pad_token_id` is not an int.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pad_token_id, int):
+            raise TypeError(
+                f"pad_token_id must be an int, got {self.pad_token_id!r}: set tokenizer.pad_token (EOS will do)"
+            )
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collates rows of `tokenize_pairs`.
+
+        Returns:
+            `input_ids`, `attention_mask`: [2B, T] int64.
+            `target_index`: [N] int64, the flat position r * T + t whose hidden state predicts the token.
+            `target_ids`, `target_rows`: [N] int64, the token and its row.
+            `num_tokens`: [2B] int64, scored tokens of each row.
+            Each of `PAIR_COLUMNS` and `REFERENCE_COLUMNS` that the rows have: [B] float32.
+        """
+        sequences = [row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
+        lengths = torch.tensor([len(ids) for ids in sequences])[:, None]
+        width = int(lengths.max())
+        if self.pad_to_multiple_of is not None:
+            width = math.ceil(width / self.pad_to_multiple_of) * self.pad_to_multiple_of
+        position = torch.arange(width)
+        real = position < lengths
+        input_ids = torch.full(real.shape, self.pad_token_id)
+        input_ids[real] = torch.tensor(list(chain.from_iterable(sequences)))
+
+        first_scored = torch.tensor([max(len(row["prompt_ids"]), 1) for row in rows]).repeat(2)[:, None]
+        predicts = (position >= first_scored - 1) & (position < lengths - 1)
+        target_index = predicts.flatten().nonzero().squeeze(1)
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": real.long(),
+            "target_index": target_index,
+            "target_ids": input_ids.flatten()[target_index + 1],
+            "target_rows": target_index // width,
+            "num_tokens": predicts.sum(1),
+        }
+        for name in (*PAIR_COLUMNS, *REFERENCE_COLUMNS):
+            if name in rows[0]:
+                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
+        return batch

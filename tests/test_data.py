@@ -1,0 +1,580 @@
+"""Tokenization and collation of preference data, against texts rendered by hand and loops over the definition."""
+
+import logging
+import math
+import os
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from mallowspo.data import PAIR_COLUMNS, TOKEN_COLUMNS, PreferenceCollator, tokenize_pairs
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+SPECIALS = [BOS, EOS, PAD, "<unk>", "<|im_start|>", "<|im_end|>"]
+
+PROMPTS = ["The sky is", "Question: what is the sea?\n\nAnswer:", "Hello  there,"]
+CHOSEN = [" blue.", " The sea is deep and blue.", " my friend."]
+REJECTED = [" green and red.", " No idea.", " go away!\n"]
+TURNS = [
+    [{"role": "user", "content": "What color is the sky?"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello there"},
+        {"role": "assistant", "content": "<think>a greeting</think>Hello my friend."},
+        {"role": "user", "content": "What color is the sea?"},
+    ],
+]
+
+
+def chatml_text(messages, generation=False):
+    text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+    return text + "<|im_start|>assistant\n" * generation
+
+
+def bos_text(messages, generation=False):
+    return BOS + "".join(f"[{m['role']}] {m['content']}{EOS}" for m in messages) + "[assistant]" * generation
+
+
+def think_text(messages, generation=False):
+    """Drops the thoughts of earlier turns and opens one in the generation prompt."""
+    text = ""
+    for number, m in enumerate(messages):
+        content = m["content"] if number == len(messages) - 1 else m["content"].split("</think>")[-1]
+        text += f"<|im_start|>{m['role']}\n{content}<|im_end|>\n"
+    return text + "<|im_start|>assistant\n<think>" * generation
+
+
+TEMPLATES = {
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        chatml_text,
+    ),
+    "bos": (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
+        bos_text,
+    ),
+    "think": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}",
+        think_text,
+    ),
+}
+CORPUS = [*PROMPTS, *CHOSEN, *REJECTED, "What color is the sea and the sky? Hello there my friend."]
+
+
+def wrap(tokenizer, bos=BOS, eos=EOS, add_bos=False, add_eos=False, template=None):
+    if add_bos or add_eos:
+        pattern = f"{bos} $A" if add_bos else "$A"
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{pattern} {eos}" if add_eos else pattern,
+            special_tokens=[(name, tokenizer.token_to_id(name)) for name in {bos, eos}],
+        )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=PAD)
+    fast.chat_template = template
+    return fast
+
+
+def byte_bpe():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=SPECIALS, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def word_level():
+    split = Regex(r"\s*\w+|\s*[^\w\s]|\s+")  # a word keeps its leading whitespace, so joining the tokens loses nothing
+    pre_tokenizer = pre_tokenizers.Split(split, "isolated")
+    texts = [
+        *CORPUS,
+        bos_text(TURNS[0], True),
+        *(render(turns, True) for _, render in TEMPLATES.values() for turns in TURNS),
+    ]
+    words = [word for text in texts for word, _ in pre_tokenizer.pre_tokenize_str(text)]
+    words += ["[", "]", "assistant", " It", " is", " blue", "It", "\nIt", ".", "\n", " green", "think", "/", "<", ">"]
+    words += [" hm", "hm", "\n<"]
+    vocab = {word: number for number, word in enumerate(dict.fromkeys([*SPECIALS, *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(SPECIALS)
+    return tokenizer
+
+
+def letters(**options):
+    """One token a letter, except that "ab" is one token."""
+    vocab = {name: number for number, name in enumerate([*SPECIALS, "a", "b", "c", " ", "ab"])}
+    tokenizer = Tokenizer(models.BPE(vocab, [("a", "b")]))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(SPECIALS)
+    return wrap(tokenizer, **options)
+
+
+A, B, C, AB = (letters().convert_tokens_to_ids(t) for t in ("a", "b", "c", "ab"))
+BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
+
+TOKENIZERS = {
+    "word": (word_level, {}),
+    "bpe": (byte_bpe, {}),
+    "bpe-bos": (byte_bpe, {"add_bos": True}),
+    "bpe-bos-eos": (byte_bpe, {"add_bos": True, "add_eos": True}),
+    "bpe-eos": (byte_bpe, {"add_eos": True}),
+    "bpe-shared": (byte_bpe, {"bos": EOS}),
+    "bpe-shared-bos": (byte_bpe, {"bos": EOS, "add_bos": True}),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_progress_bars():
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture(params=TOKENIZERS)
+def kind(request):
+    return request.param
+
+
+def build(kind, template=None):
+    make, options = TOKENIZERS[kind]
+    return wrap(make(), template=template, **options), options
+
+
+def raw_ids(tokenizer, text):
+    """Token ids without special tokens, from the `tokenizers` library directly."""
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def standard(implicit=False):
+    if implicit:
+        chosen = [p + c for p, c in zip(PROMPTS, CHOSEN, strict=True)]
+        rejected = [p + r for p, r in zip(PROMPTS, REJECTED, strict=True)]
+        return Dataset.from_dict({"chosen": chosen, "rejected": rejected})
+    return Dataset.from_dict({"prompt": PROMPTS, "chosen": CHOSEN, "rejected": REJECTED})
+
+
+def conversational(implicit=False):
+    chosen = [{"role": "assistant", "content": "<think>hm</think>It is blue."}]
+    rejected = [{"role": "assistant", "content": "It is green."}]
+    if implicit:
+        return Dataset.from_list([{"chosen": t + chosen, "rejected": t + rejected} for t in TURNS])
+    return Dataset.from_list([{"prompt": t, "chosen": chosen, "rejected": rejected} for t in TURNS])
+
+
+def pair(prompt, chosen, rejected):
+    return Dataset.from_list([{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+# Tokenization: whole sequences and the boundary
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_standard_text(kind, implicit):
+    tokenizer, options = build(kind)
+    rows = tokenize_pairs(standard(implicit), tokenizer)
+    assert rows.column_names == list(TOKEN_COLUMNS)
+    bos = [tokenizer.bos_token_id] * bool(options.get("add_bos"))
+    for row, prompt, chosen, rejected in zip(rows, PROMPTS, CHOSEN, REJECTED, strict=True):
+        whole = [bos + raw_ids(tokenizer, prompt + side) for side in (chosen, rejected)]
+        assert row["prompt_ids"] == os.path.commonprefix([bos + raw_ids(tokenizer, prompt), *whole])
+        for ids, side, completion in zip(whole, (chosen, rejected), ("chosen_ids", "rejected_ids"), strict=True):
+            sequence = row["prompt_ids"] + row[completion]
+            assert sequence == ids + [tokenizer.eos_token_id]
+            assert tokenizer.decode(sequence, skip_special_tokens=True) == prompt + side
+            specials = [token for token in sequence if token in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
+            assert specials == bos + [tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_conversations(kind, template, implicit):
+    source, render = TEMPLATES[template]
+    tokenizer, _ = build(kind, source)
+    rows = tokenize_pairs(conversational(implicit), tokenizer)
+    for row, example in zip(rows, conversational(), strict=True):
+        texts = [
+            render(example["prompt"], True),
+            *(render(example["prompt"] + example[s]) for s in ("chosen", "rejected")),
+        ]
+        texts = [text.replace(BOS, tokenizer.bos_token) for text in texts]
+        prompt, *whole = (raw_ids(tokenizer, text) for text in texts)
+        assert row["prompt_ids"] == os.path.commonprefix([prompt, *whole])
+        for ids, text, completion in zip(whole, texts[1:], ("chosen_ids", "rejected_ids"), strict=True):
+            assert len(row[completion]) > 0
+            assert row["prompt_ids"] + row[completion] == ids
+            assert tokenizer.decode(ids) == text
+            assert ids[:2].count(tokenizer.bos_token_id) == (template == "bos")
+
+
+def test_thinking_template_moves_the_boundary():
+    tokenizer, _ = build("bpe", TEMPLATES["think"][0])
+    row = tokenize_pairs(conversational(), tokenizer)[0]
+    assert tokenizer.decode(row["prompt_ids"]).endswith("<|im_start|>assistant\n")  # <think> is not shared
+    assert tokenizer.decode(row["rejected_ids"]) == "It is green.<|im_end|>\n"
+
+
+MERGES = [
+    # options, prompt, chosen, rejected -> prompt ids, chosen ids, rejected ids
+    ({}, "ca", "b", "c", [C], [AB, EOS_ID], [A, C, EOS_ID]),
+    ({}, "a", "b", "b", [], [AB, EOS_ID], [AB, EOS_ID]),
+    ({"add_bos": True, "add_eos": True}, "ca", "b", "c", [BOS_ID, C], [AB, EOS_ID], [A, C, EOS_ID]),
+    # Equal completions, one a prefix of the other, an empty one.
+    ({}, "c", "ab", "ab", [C], [AB, EOS_ID], [AB, EOS_ID]),
+    ({}, "c", "c", "cc", [C], [C, EOS_ID], [C, C, EOS_ID]),
+    ({}, "c", "", "a", [C], [EOS_ID], [A, EOS_ID]),
+    ({"add_eos": True}, "c", "", "a", [C], [EOS_ID], [A, EOS_ID]),
+    ({"add_bos": True, "add_eos": True}, "", "", "a", [BOS_ID], [EOS_ID], [A, EOS_ID]),
+    ({"add_bos": True, "bos": EOS}, "", "", "a", [EOS_ID], [EOS_ID], [A, EOS_ID]),
+    # EOS and BOS that the text brings itself.
+    ({}, "c", "a</s>", "b", [C], [A, EOS_ID], [B, EOS_ID]),
+    ({"add_bos": True, "add_eos": True}, "c", "a</s>", "b", [BOS_ID, C], [A, EOS_ID], [B, EOS_ID]),
+    ({"add_bos": True, "add_eos": True}, "<s>c", "a", "</s>", [BOS_ID, C], [A, EOS_ID], [EOS_ID]),
+    ({"add_eos": True}, "c</s>", "a", "b", [C, EOS_ID], [A, EOS_ID], [B, EOS_ID]),
+    ({}, "c</s>", "a", "", [C, EOS_ID], [A, EOS_ID], [EOS_ID]),
+]
+
+
+@pytest.mark.parametrize("options, prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids", MERGES)
+def test_boundary_by_hand(options, prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids):
+    row = tokenize_pairs(pair(prompt, chosen, rejected), letters(**options))[0]
+    assert row == {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.text("abc", max_size=4), st.text("abc", max_size=4), st.text("abc", max_size=4), st.booleans(), st.booleans()
+)
+def test_sequences_are_whole_tokenizations(prompt, chosen, rejected, add_bos, add_eos):
+    tokenizer = letters(add_bos=add_bos, add_eos=add_eos)
+    dataset = pair(prompt + "c", chosen + "c", rejected + "c")
+    row = tokenize_pairs(dataset, tokenizer)[0]
+    for side, completion in (("chosen_ids", chosen), ("rejected_ids", rejected)):
+        body = raw_ids(tokenizer, prompt + "c" + completion + "c")
+        assert row["prompt_ids"] + row[side] == [BOS_ID] * add_bos + body + [EOS_ID]
+
+
+IMPLICIT_TEXTS = [
+    ("a b c", "a b a", "a b"),
+    ("a bc", "a ba", "a"),  # no word is cut
+    ("a b", "a b c", "a"),  # both keep a word
+    ("a b", "a b", "a"),
+    ("a  b", "a  c", "a"),  # all the whitespace belongs to the completion
+    ("ab", "ac", ""),
+    (" a", " b", ""),
+]
+
+
+@pytest.mark.parametrize("chosen, rejected, prompt", IMPLICIT_TEXTS)
+def test_implicit_prompt_of_texts(chosen, rejected, prompt):
+    rows = tokenize_pairs(Dataset.from_list([{"chosen": chosen, "rejected": rejected}]), letters())
+    explicit = tokenize_pairs(pair(prompt, chosen[len(prompt) :], rejected[len(prompt) :]), letters())
+    assert rows[0] == explicit[0]
+    assert rows[0]["prompt_ids"] == raw_ids(letters(), prompt)
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, shared",
+    [
+        ([user("c"), assistant("a"), user("b"), assistant("a")], [user("c"), assistant("a"), user("b"), user("c")], 3),
+        ([user("c"), assistant("a")], [user("c"), assistant("a")], 1),
+        ([user("c"), assistant("a")], [user("c"), assistant("a"), user("c"), assistant("b")], 1),
+        ([assistant("a")], [assistant("b")], 0),
+    ],
+)
+def test_implicit_prompt_of_conversations(chosen, rejected, shared):
+    tokenizer = letters(template=TEMPLATES["chatml"][0])
+    rows = tokenize_pairs(Dataset.from_list([{"chosen": chosen, "rejected": rejected}]), tokenizer)
+    explicit = pair(chosen[:shared], chosen[shared:], rejected[shared:])
+    assert rows[0] == tokenize_pairs(explicit, tokenizer)[0]
+    assert rows[0]["prompt_ids"] + rows[0]["chosen_ids"] == raw_ids(tokenizer, chatml_text(chosen))
+    assert len(rows[0]["prompt_ids"]) >= len(raw_ids(tokenizer, chatml_text(chosen[:shared])))
+
+
+def test_template_arguments():
+    template = (
+        "{{ 'no tools ' if tools is none }}{% for tool in tools or [] %}{{ tool.name }} {% endfor %}"
+        "{{ 'none' if style is not defined else style }}:"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    tokenizer, _ = build("bpe", template)
+    rows = [
+        {"tools": '[{"name": "search"}, {"name": "run"}]', "chat_template_kwargs": {"style": "short"}},
+        {"tools": None, "chat_template_kwargs": {"other": 1}},
+        {"tools": "[]", "chat_template_kwargs": None},
+    ]
+    turn = {"prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]}
+    result = tokenize_pairs(Dataset.from_list([turn | row for row in rows]), tokenizer)
+    texts = [tokenizer.decode(row["prompt_ids"] + row["chosen_ids"]) for row in result]
+    assert texts == ["search run short:QA", "no tools none:QA", "no tools none:QA"]
+    listed = Dataset.from_list([turn | {"tools": [{"name": "search"}]}])
+    row = tokenize_pairs(listed, tokenizer)[0]
+    assert tokenizer.decode(row["prompt_ids"]) == "search none:Q"
+
+
+# Truncation and dropping
+
+
+@pytest.mark.parametrize(
+    "max_length, chosen, rejected",
+    [
+        (None, [A, C, A, C, EOS_ID], [B, EOS_ID]),
+        (8, [A, C, A, C, EOS_ID], [B, EOS_ID]),
+        (7, [A, C, A, C], [B, EOS_ID]),
+        (5, [A, C], [B, EOS_ID]),
+        (4, [A], [B]),
+    ],
+)
+def test_truncation_keeps_the_start(max_length, chosen, rejected):
+    row = tokenize_pairs(pair("ccc", "acac", "b"), letters(), max_length=max_length)[0]
+    assert row == {"prompt_ids": [C, C, C], "chosen_ids": chosen, "rejected_ids": rejected}
+
+
+def test_dropped_pairs_are_counted(caplog):
+    rows = [("ccc", "a", "b"), ("cc", "a", "b"), ("cccc", "a", "b"), ("", "", "a"), ("", "b", "a")]
+    dataset = Dataset.from_list([{"prompt": p, "chosen": c, "rejected": r} for p, c, r in rows])
+    counts = {}
+    with caplog.at_level(logging.WARNING, logger="mallowspo.data"):
+        result = tokenize_pairs(dataset, letters(), max_length=3, drop_counts=counts)
+    assert counts == {"prompt too long": 2, "empty completion": 1}
+    assert result["prompt_ids"][:] == [[C, C], []]
+    assert result["chosen_ids"][:] == [[A], [B, EOS_ID]]
+    (record,) = caplog.records
+    assert "dropped 3 of 5" in record.message
+    assert "2 with a prompt too long" in record.message and "1 with an empty completion" in record.message
+
+
+def test_nothing_dropped_is_silent(caplog):
+    counts = {}
+    result = tokenize_pairs(standard(), letters(), drop_counts=counts)
+    assert len(result) == len(PROMPTS) and not caplog.records
+    assert counts == {"prompt too long": 0, "empty completion": 0}
+
+
+def test_empty_completion_of_a_conversation_is_dropped():
+    tokenizer = letters(template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    rows = [
+        {"prompt": [user("c")], "chosen": [], "rejected": [assistant("a")]},
+        {"prompt": [user("c")], "chosen": [assistant("b")], "rejected": [assistant("a")]},
+    ]
+    counts = {}
+    result = tokenize_pairs(Dataset.from_list(rows), tokenizer, drop_counts=counts)
+    assert result["chosen_ids"][:] == [[B]]
+    assert counts["empty completion"] == 1
+
+
+def test_all_dropped():
+    with pytest.raises(ValueError, match=r"all 1 preference pairs.*1 with a prompt too long.*max_length=3.*raise max"):
+        tokenize_pairs(pair("cccc", "a", "b"), letters(), max_length=3)
+    with pytest.raises(ValueError, match="1 with an empty completion"):
+        tokenize_pairs(pair("", "", ""), letters())
+
+
+# Columns, formats and processes
+
+
+def test_pair_columns_are_kept_as_float64_and_others_dropped():
+    dataset = standard().add_column("neg_log_dispersion", [0, 1, 2]).add_column("agreement", [1.0, 0.6, 0.75])
+    dataset = dataset.add_column("source", ["x", "y", "z"]).add_column("images", [[b"0"]] * 3)
+    result = tokenize_pairs(dataset, letters())
+    assert set(result.column_names) == {*TOKEN_COLUMNS, *PAIR_COLUMNS}
+    assert all(result.features[name] == datasets.Value("float64") for name in PAIR_COLUMNS)
+    assert result["neg_log_dispersion"][:] == [0.0, 1.0, 2.0]
+    assert result["agreement"][:] == [1.0, 0.6, 0.75]
+
+
+def test_format_of_the_input_does_not_matter():
+    dataset = standard().add_column("agreement", [1.0, 0.6, 0.75])
+    expected = tokenize_pairs(dataset, letters())[:]
+    assert tokenize_pairs(dataset.with_format("torch"), letters())[:] == expected
+
+
+def test_processes_and_cache_key():
+    tokenizer, _ = build("bpe-bos")
+    first, again, parallel = (tokenize_pairs(standard(), tokenizer, num_proc=n) for n in (None, None, 2))
+    assert first[:] == parallel[:]
+    source = standard()
+    assert tokenize_pairs(source, tokenizer)._fingerprint == tokenize_pairs(source, tokenizer)._fingerprint
+    assert tokenize_pairs(source, tokenizer)._fingerprint != tokenize_pairs(source, letters())._fingerprint
+    assert again[:] == first[:]
+
+
+# Bad input
+
+CHAT = [user("c")]
+TEXT = {"prompt": "c", "chosen": "a", "rejected": "b"}
+BAD = [
+    ([TEXT], TypeError, "datasets.Dataset.*got list"),
+    (DatasetDict(train=Dataset.from_list([TEXT])), TypeError, "one split.*DatasetDict"),
+    (
+        Dataset.from_list([TEXT]).to_iterable_dataset(),
+        TypeError,
+        "IterableDataset is not supported.*Dataset.from_list",
+    ),
+    (Dataset.from_list([TEXT]).select([]), ValueError, "empty"),
+    (
+        Dataset.from_dict({"prompt": ["c"], "good": ["a"]}),
+        ValueError,
+        r"\['chosen', 'rejected'\].*\['prompt', 'good'\]",
+    ),
+    (Dataset.from_list([TEXT, TEXT | {"rejected": None}]), ValueError, "row 1: 'rejected' is None"),
+    (Dataset.from_list([TEXT, TEXT | {"prompt": None}]), ValueError, "row 1: 'prompt' is None"),
+    (Dataset.from_dict({"prompt": [1], "chosen": ["a"], "rejected": ["b"]}), TypeError, "row 0: 'prompt' must be.*1"),
+    (Dataset.from_list([{"chosen": ["a"], "rejected": ["b"]}]), TypeError, r"row 0: 'chosen' must be.*\['a'\]"),
+    (pair("c", CHAT, CHAT), ValueError, "row 0 mixes text and messages.*remove the column 'prompt'"),
+    (Dataset.from_list([{"chosen": "a", "rejected": CHAT}]), ValueError, "row 0 mixes"),
+    (pair(CHAT, [assistant(None)], CHAT), ValueError, "row 0: 'chosen' has a message without content"),
+    (pair(CHAT, [{"role": None, "content": "a"}], CHAT), TypeError, "row 0: 'chosen' must be"),
+    (pair(CHAT, CHAT, CHAT), ValueError, "set tokenizer.chat_template"),
+]
+BAD_NUMBERS = [("neg_log_dispersion", value) for value in (-0.1, math.nan, math.inf, -math.inf, None, "1", True)]
+BAD_NUMBERS += [("agreement", value) for value in (0.5, 0.0, 1.01, math.nan, None, "0.7")]
+
+
+@pytest.mark.parametrize("dataset, error, match", BAD, ids=[match for _, _, match in BAD])
+def test_bad_data(dataset, error, match):
+    with pytest.raises(error, match=match):
+        tokenize_pairs(dataset, letters())
+
+
+@pytest.mark.parametrize("name, value", BAD_NUMBERS)
+def test_bad_numbers(name, value):
+    rows = [TEXT | {name: value}]
+    if not isinstance(value, (str, bool)):  # a column of one type
+        rows.insert(0, TEXT | {name: 1.0})
+    with pytest.raises(ValueError, match=f"row {len(rows) - 1}: '{name}' must be .* got {value!r}"):
+        tokenize_pairs(Dataset.from_list(rows), letters())
+
+
+@pytest.mark.parametrize("max_length", [1, 0, -5, 2.5, "8"])
+def test_bad_max_length(max_length):
+    with pytest.raises(ValueError, match=f"max_length.*{max_length!r}"):
+        tokenize_pairs(pair("c", "a", "b"), letters(), max_length=max_length)
+
+
+def test_plain_text_needs_eos():
+    with pytest.raises(ValueError, match="set tokenizer.eos_token"):
+        tokenize_pairs(pair("c", "a", "b"), letters(eos=None))
+    chat = letters(eos=None, template=TEMPLATES["chatml"][0])  # the template ends the turns itself
+    assert len(tokenize_pairs(pair(CHAT, [assistant("a")], [assistant("b")]), chat)) == 1
+
+
+# Collator
+
+
+def test_collator_by_hand():
+    rows = [
+        {"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9], "agreement": 0.75, "ref_chosen_logps": -1.5},
+        {
+            "prompt_ids": [],
+            "chosen_ids": [3, 4, 5],
+            "rejected_ids": [6, 7],
+            "agreement": 1.0,
+            "ref_chosen_logps": -2.0,
+        },
+    ]
+    batch = PreferenceCollator(pad_token_id=0)(rows)
+    expected = {
+        "input_ids": [[5, 6, 7, 8], [3, 4, 5, 0], [5, 6, 9, 0], [6, 7, 0, 0]],
+        "attention_mask": [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0]],
+        "target_index": [1, 2, 4, 5, 9, 12],
+        "target_ids": [7, 8, 4, 5, 9, 7],
+        "target_rows": [0, 0, 1, 1, 2, 3],
+        "num_tokens": [2, 2, 1, 1],
+    }
+    assert batch.keys() == {*expected, "agreement", "ref_chosen_logps"}
+    for name, values in expected.items():
+        assert batch[name].dtype == torch.int64 and batch[name].tolist() == values, name
+    assert batch["agreement"].dtype == torch.float32 and batch["agreement"].tolist() == [0.75, 1.0]
+    assert batch["ref_chosen_logps"].tolist() == [-1.5, -2.0]
+
+
+def test_collator_needs_a_pad_token():
+    with pytest.raises(TypeError, match="pad_token_id must be an int, got None.*tokenizer.pad_token"):
+        PreferenceCollator(pad_token_id=None)
+
+
+IDS = st.integers(0, 9)
+ROW = st.fixed_dictionaries(
+    {
+        "prompt_ids": st.lists(IDS, max_size=4),
+        "chosen_ids": st.lists(IDS, min_size=1, max_size=5),
+        "rejected_ids": st.lists(IDS, min_size=1, max_size=5),
+    }
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(ROW, min_size=1, max_size=5), st.sampled_from([None, 1, 4, 8]))
+def test_collator_against_loops(rows, multiple):
+    batch = PreferenceCollator(pad_token_id=0, pad_to_multiple_of=multiple)(rows)
+    sequences = [row["prompt_ids"] + row["chosen_ids"] for row in rows]
+    sequences += [row["prompt_ids"] + row["rejected_ids"] for row in rows]
+    width = max(map(len, sequences))
+    while multiple and width % multiple:
+        width += 1
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2 * len(rows), width)
+    targets, counts = [], []
+    for r, sequence in enumerate(sequences):
+        assert batch["input_ids"][r].tolist() == sequence + [0] * (width - len(sequence))
+        assert batch["attention_mask"][r].tolist() == [1] * len(sequence) + [0] * (width - len(sequence))
+        prompt_length = len(rows[r % len(rows)]["prompt_ids"])
+        scored = [(r * width + t - 1, sequence[t], r) for t in range(prompt_length, len(sequence)) if t > 0]
+        targets += scored
+        counts.append(len(scored))
+    found = (batch[name].tolist() for name in ("target_index", "target_ids", "target_rows"))
+    assert list(zip(*found, strict=True)) == targets
+    assert batch["num_tokens"].tolist() == counts
+
+
+def test_every_kept_pair_has_a_scored_token():
+    texts = ["", "a", "ab", "ca", "cc"]
+    rows = [{"prompt": p, "chosen": c, "rejected": r} for p in texts for c in texts for r in texts]
+    for options in ({}, {"add_bos": True}):
+        result = tokenize_pairs(Dataset.from_list(rows), letters(**options), max_length=3)
+        batch = PreferenceCollator(PAD_ID)(result.to_list())
+        assert batch["num_tokens"].min() >= 1 and batch["input_ids"].shape[1] <= 3
+
+
+# TRL
+
+
+@pytest.mark.parametrize("make_dataset, max_length", [(standard, 8), (standard, 1024), (conversational, 24)])
+@pytest.mark.parametrize("name", ["word", "bpe", "bpe-bos"])
+def test_same_tokens_as_trl(name, make_dataset, max_length):
+    dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer")
+    tokenizer, _ = build(name, TEMPLATES["chatml"][0])
+    args = SimpleNamespace(dataset_num_proc=None, max_length=max_length, truncation_mode="keep_start")
+    trainer = SimpleNamespace(_tokenizer=tokenizer)
+    theirs = dpo_trainer.DPOTrainer._prepare_dataset(trainer, make_dataset(), tokenizer, args, "train").to_list()
+    assert len(theirs) > 0, "the comparison needs pairs that fit"
+    batch = dpo_trainer.DataCollatorForPreference(pad_token_id=PAD_ID, max_length=max_length)(theirs)
+    rows = tokenize_pairs(make_dataset(), tokenizer, max_length=max_length)
+    ours = PreferenceCollator(pad_token_id=PAD_ID)(rows.to_list())
+    assert torch.equal(ours["input_ids"], batch["input_ids"])
+    assert torch.equal(ours["attention_mask"], batch["attention_mask"])
+    mask = torch.zeros_like(batch["completion_mask"])
+    mask.view(-1)[ours["target_index"] + 1] = 1
+    assert torch.equal(mask, batch["completion_mask"])
