@@ -1,0 +1,123 @@
+"""MallowsConfig: transformers.TrainingArguments plus what a preference objective needs."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from mallowspo.dispersion import SOURCES
+from mallowspo.objective import preset, presets
+
+
+@dataclass
+class MallowsConfig(TrainingArguments):
+    """Arguments of :class:`mallowspo.MallowsTrainer`; names as in TRL's DPOConfig where the meaning is the same.
+
+    Defaults that differ from TrainingArguments: learning_rate 1e-6, logging_steps 10, remove_unused_columns False.
+
+    Parameters that control the objective:
+        loss_type: a preset's name (``mallowspo.presets()``).
+        beta, gamma, label_smoothing, smoothing, sft_weight: override the preset's field of that name; None keeps it.
+
+    Parameters that control the dispersion (read by the presets that begin with ``mallows-``):
+        dispersion_source: "neg_log_dispersion" or "agreement" (a column of the data), or "entropy" (of the reference
+            model). None: the column if the data has one, else the entropy.
+        dispersion_scale: the factor phi_star on the neg-log dispersion, > 0, or "auto". For the entropy, "auto"
+            calibrates on the training set so that the factor 2a has mean 1; a measured column it leaves as it is.
+
+    Parameters that control the reference:
+        precompute_ref_log_probs: one pass of the reference over the data before training, cached, instead of a reference
+            forward in every step. Done in any case where the objective needs the reference's entropies beforehand: for
+            dispersion_scale="auto" and for a reference-free objective.
+        reference_cache_dir: where that pass is kept; None: ``<output_dir>/reference_cache``.
+        precompute_ref_batch_size: pairs a device in that pass; None: per_device_eval_batch_size.
+
+    Parameters that control model and data:
+        max_length: longest sequence, prompt and completion, in tokens; None for no limit.
+        pad_to_multiple_of: round batch lengths up to a multiple of this.
+        dataset_num_proc: processes that tokenise.
+        disable_dropout: set every dropout of policy and reference to 0.
+        model_init_kwargs: for ``AutoModelForCausalLM.from_pretrained`` where the model is given by name.
+
+    Raises:
+        ValueError: an unknown preset, source or value.
+    """
+
+    # HfArgumentParser and the CLI take dictionaries as JSON for the fields named here.
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every this many optimiser steps."})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Must stay False: the collator reads columns that no model's forward names."}
+    )
+
+    loss_type: str = field(default="mallows-theta", metadata={"help": f"Preset: {', '.join(presets())}."})
+    beta: float | None = field(default=None, metadata={"help": "Scale of the margin; None: the preset's."})
+    gamma: float | None = field(default=None, metadata={"help": "Target margin; None: the preset's."})
+    label_smoothing: float | None = field(
+        default=None, metadata={"help": "Assumed share of flipped labels, in [0, 0.5); None: the preset's."}
+    )
+    smoothing: float | None = field(
+        default=None, metadata={"help": "Half-width of the smoothed mallows-phi link; None: the preset's."}
+    )
+    sft_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the chosen response's NLL per token; None: the preset's."}
+    )
+
+    dispersion_source: str | None = field(
+        default=None, metadata={"help": "neg_log_dispersion, agreement, entropy; None: a column if there is one."}
+    )
+    dispersion_scale: str = field(default="auto", metadata={"help": "phi_star, a positive number, or auto."})
+
+    precompute_ref_log_probs: bool = field(
+        default=False, metadata={"help": "One cached pass of the reference instead of a forward in every step."}
+    )
+    reference_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where the reference pass is cached; None: <output_dir>/reference_cache."}
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None, metadata={"help": "Pairs a device in the reference pass; None: per_device_eval_batch_size."}
+    )
+
+    max_length: int | None = field(default=1024, metadata={"help": "Longest sequence in tokens; None: no limit."})
+    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Pad batches to a multiple of this."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Set the dropout of policy and reference to 0."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of from_pretrained where the model is a name (JSON)."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        objective = self.objective()
+        if self.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor smooths token labels, not preferences; set label_smoothing instead"
+            )
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns must be False: the collator reads columns no model's forward names"
+            )
+        if self.dispersion_source not in (None, *SOURCES):
+            raise ValueError(
+                f"unknown dispersion_source {self.dispersion_source!r}; choose one of {', '.join(SOURCES)}"
+            )
+        if self.dispersion_scale != "auto":
+            try:
+                self.dispersion_scale = float(self.dispersion_scale)
+            except ValueError:
+                raise ValueError(
+                    f"dispersion_scale must be 'auto' or a number, got {self.dispersion_scale!r}"
+                ) from None
+            if not 0 < self.dispersion_scale < float("inf"):
+                raise ValueError(f"dispersion_scale must be positive and finite, got {self.dispersion_scale}")
+        if not objective.uses_dispersion and (self.dispersion_source is not None or self.dispersion_scale != "auto"):
+            raise ValueError(
+                f"loss_type {self.loss_type!r} uses no dispersion; leave dispersion_source and _scale out"
+            )
+
+    def objective(self):
+        """The PreferenceObjective these arguments describe."""
+        fields = ("beta", "gamma", "label_smoothing", "smoothing", "sft_weight")
+        return preset(self.loss_type, **{f: getattr(self, f) for f in fields if getattr(self, f) is not None})

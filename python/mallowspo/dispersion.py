@@ -1,0 +1,143 @@
+"""The dispersion of each pair: from the data or from the reference model, its scale, and the cached reference pass.
+
+a = -log phi >= 0 throughout. Three sources, all before the scale:
+
+- ``entropy``: :func:`mallowspo.functional.neg_log_dispersion` of the reference model's token entropies;
+- ``agreement``: the share s of annotators who chose the chosen response, through the inverse of the link at a rank
+  difference of one (:func:`agreement_to_neg_log_dispersion`);
+- ``neg_log_dispersion``: given as it is.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from mallowspo import functional as F
+
+# An agreement of 1 would mean a = infinity; a panel cannot tell more than this anyway.
+AGREEMENT_CEILING = 0.99
+SOURCES = ("neg_log_dispersion", "agreement", "entropy")
+
+
+def agreement_to_neg_log_dispersion(agreement, link):
+    """a such that the link gives the observed agreement to a pair one rank apart.
+
+    theta (and the plug-ins into ipo and hinge, which have no probability of their own): s = sigmoid(2a), a = logit(s)/2.
+    phi: s = g(1) = 1 / (1 + phi), a = logit(s).
+
+    Args:
+        agreement: [B] floats in (0.5, 1]; above AGREEMENT_CEILING they count as that.
+        link: a mallows link.
+
+    Returns:
+        [B] float64 array. Raises ValueError for a value outside (0.5, 1] or a link without dispersion.
+    """
+    if link not in F.MALLOWS_LINKS:
+        raise ValueError(f"link {link!r} has no dispersion; choose one of {', '.join(sorted(F.MALLOWS_LINKS))}")
+    agreement = np.asarray(agreement, dtype=np.float64)
+    bad = ~((agreement > 0.5) & (agreement <= 1))
+    if bad.any():
+        raise ValueError(f"agreement must be in (0.5, 1], got {agreement[bad][0]} at index {int(np.argmax(bad))}")
+    share = np.minimum(agreement, AGREEMENT_CEILING)
+    logit = np.log(share) - np.log1p(-share)
+    return logit if link == "mallows-phi" else logit / 2
+
+
+def calibrated_scale(neg_log_dispersion):
+    """The scale at which the theta factor 2a has mean 1 over the training set, so that beta means what it means in DPO.
+
+    Args:
+        neg_log_dispersion: [B] unscaled values. Raises ValueError where all are zero.
+    """
+    mean = float(np.mean(neg_log_dispersion))
+    if not mean > 0:
+        raise ValueError(
+            f"cannot calibrate the dispersion scale: the mean neg-log dispersion is {mean}; give a number"
+        )
+    return 1 / (2 * mean)
+
+
+# ---- the cached pass of the reference model ------------------------------------------------------------------------
+
+
+def fingerprint(model, dataset, settings):
+    """A hash of everything the reference pass depends on: weights, token ids (hence tokenizer and data), settings.
+
+    Args:
+        model: the reference; of a PEFT model, the base without its adapters.
+        dataset: of ``tokenize_pairs``.
+        settings: JSON-serialisable dict.
+    """
+    digest = xxhash.xxh3_128()
+    adapter = getattr(getattr(model, "base_model", None), "prefix", None) if hasattr(model, "peft_config") else None
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0]):
+        if adapter and (adapter in name or ".modules_to_save." in name):
+            continue
+        name = name.replace("base_model.model.", "").replace(".base_layer", "").replace(".original_module", "")
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        for ids in dataset[column]:
+            digest.update(np.asarray([len(ids), *ids], dtype=np.int64))
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def save_cache(path, columns, key):
+    """Writes float32 columns [rows] whole or not at all.
+
+    Raises:
+        OSError: it could not be written (disk full, no permission); nothing is left behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    data = save(columns, metadata={"fingerprint": key, "checksum": _checksum(columns)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            error.errno,
+            f"the reference cache could not be written ({error.strerror}); free space or set reference_cache_dir",
+            str(path),
+        ) from error
+
+
+def load_cache(path, key, rows):
+    """The columns that :func:`save_cache` wrote under the same key.
+
+    Raises:
+        ValueError: the file is corrupt, of another model, data set or setting, or of another length.
+    """
+    raw = Path(path).read_bytes()
+    advice = f"delete {path} to compute it again"
+    try:
+        columns = load(raw)
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"the reference cache is corrupt ({error}); {advice}") from error
+    metadata = header.get("__metadata__", {})
+    if metadata.get("fingerprint") != key:
+        raise ValueError(f"the reference cache belongs to another model, data set or setting; {advice}")
+    if metadata.get("checksum") != _checksum(columns) or any(len(column) != rows for column in columns.values()):
+        raise ValueError(f"the reference cache is corrupt (checksum or length); {advice}")
+    return columns
+
+
+def _checksum(columns):
+    digest = xxhash.xxh3_128()
+    for name in sorted(columns):
+        digest.update(name.encode())
+        digest.update(columns[name].numpy())
+    return digest.hexdigest()
