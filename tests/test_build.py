@@ -1,0 +1,131 @@
+"""The native build: what it decides, what it refuses, and that the CUDA kernels compile, link and register."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OPERATORS = ("token_stats", "preference_loss", "mallows_log_prob")
+
+
+def run(command, **environment):
+    bin_dir = str(Path(sys.executable).parent)
+    env = {k: v for k, v in os.environ.items() if k not in ("MALLOWSPO_CUDA", "CUDACXX", "CXX")}
+    env = {**env, "PATH": os.pathsep.join([bin_dir, env["PATH"]]), **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def configure(build, **environment):
+    command = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+    return run([*command, f"-DMALLOWSPO_OUTPUT={build}/mallowspo"], **environment)
+
+
+def refusal(result):
+    """The sentence of a refused configuration, with CMake's line breaks taken out."""
+    assert result.returncode != 0, result.stdout
+    text = " ".join(result.stderr.split())
+    return text[text.index("mallowspo:") :]
+
+
+def stub_torch(directory, version):
+    """A package that calls itself torch of another version, and nothing else."""
+    package = directory / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "from types import SimpleNamespace\n"
+        "class Version(str):\n"
+        "    def __lt__(self, other): return tuple(map(int, self.split('.')))[:2] < other\n"
+        f"__version__ = Version('{version}')\n"
+        "version = SimpleNamespace(cuda=None)\n"
+    )
+    return str(directory)
+
+
+def path_without(*names):
+    """A PATH of links to every program on PATH but the named ones."""
+
+    def make(directory):
+        for folder in reversed(os.environ["PATH"].split(os.pathsep)):
+            for program in Path(folder).glob("*"):
+                link = directory / program.name
+                if not any(program.name.startswith(name) for name in names) and not link.is_symlink():
+                    link.symlink_to(program)
+        return str(directory)
+
+    return make
+
+
+def test_decision_is_printed_and_kept(tmp_path):
+    result = configure(tmp_path, MALLOWSPO_CUDA="0")
+    assert "CUDA kernels: no: forbidden by MALLOWSPO_CUDA=0" in result.stdout
+    from mallowspo import _C
+
+    assert _C.build["cuda"].startswith(("yes: ", "no: "))
+
+
+def test_bad_cuda_wish_is_refused(tmp_path):
+    assert "MALLOWSPO_CUDA is 'maybe'; set it to 1" in refusal(configure(tmp_path, MALLOWSPO_CUDA="maybe"))
+
+
+def test_forced_cuda_without_nvcc_is_refused(tmp_path):
+    (tmp_path / "bin").mkdir()
+    path = path_without("nvcc")(tmp_path / "bin")
+    result = configure(tmp_path / "build", MALLOWSPO_CUDA="1", PATH=path, CUDA_PATH="", CUDA_HOME="")
+    assert "nvcc was not found; install the CUDA toolkit" in refusal(result)
+
+
+def test_missing_compiler_is_refused(tmp_path):
+    (tmp_path / "bin").mkdir()
+    path = path_without("c++", "g++", "clang", "CC", "x86_64-linux-gnu-g++", "aarch64-linux-gnu-g++")(tmp_path / "bin")
+    assert "no C++ compiler was found; install GCC 12" in refusal(configure(tmp_path / "build", PATH=path))
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "1.13.0"])
+def test_old_torch_is_refused_when_building(tmp_path, version):
+    result = configure(tmp_path / "build", PYTHONPATH=stub_torch(tmp_path, version), MALLOWSPO_CUDA="0")
+    assert f"torch {version} is too old" in refusal(result)
+    assert "pip install 'torch>=2.10'" in refusal(result)
+
+
+def test_old_torch_is_refused_at_import(tmp_path):
+    result = run(
+        [sys.executable, "-c", "import mallowspo"],
+        PYTHONPATH=os.pathsep.join([stub_torch(tmp_path, "2.9.1"), str(ROOT / "python")]),
+    )
+    assert "ImportError: mallowspo needs torch 2.10 or newer, found 2.9.1" in result.stderr
+
+
+def test_functional_needs_torch_alone():
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['transformers', 'datasets', 'accelerate', 'peft']));"
+    result = run([sys.executable, "-c", blocked + "import mallowspo.functional as F; print(sorted(F.LINKS)[0])"])
+    assert result.stdout.strip() == "bradley-terry", result.stderr
+
+
+def test_env_report():
+    result = run([sys.executable, "-m", "mallowspo.env"])
+    assert result.returncode == 0 and "CUDA kernels" in result.stdout and "torch" in result.stdout
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH: the CUDA kernels cannot be compiled here")
+def test_cuda_kernels_compile_link_and_register(tmp_path):
+    """One library with CPU and CUDA inside, built against whatever torch is here, loads and lists its CUDA kernels."""
+    result = configure(tmp_path, MALLOWSPO_CUDA="1")
+    assert result.returncode == 0 and "CUDA kernels: yes: nvcc" in result.stdout, result.stderr
+    result = run(["cmake", "--build", str(tmp_path)])
+    assert result.returncode == 0, result.stdout
+    code = (
+        "import torch, _C\n"
+        "print(_C.build['cuda_architectures'])\n"
+        f"names = [n + s for n in {OPERATORS} for s in ('', '_backward')]\n"
+        "assert all(torch._C._dispatch_has_kernel_for_dispatch_key('mallowspo::' + n, 'CUDA') for n in names)\n"
+        "logits = torch.randn(3, 5)\n"
+        "stats = torch.ops.mallowspo.token_stats(logits, torch.tensor([0, 1, 2]), -100, 1.0)\n"
+        "assert torch.allclose(stats[0], logits.log_softmax(-1).diagonal())\n"
+    )
+    result = run([sys.executable, "-c", code], PYTHONPATH=str(tmp_path / "mallowspo"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["80-real", "90"]
