@@ -44,7 +44,8 @@ MALLOWSPO_FN void mallows_log_prob_at(const MallowsArgs& args, int64_t i) {
     set_element<T>(args.grad_margin, i, g * v.d_margin);
     set_element<T>(args.grad_dispersion, i, g * v.d_dispersion);
   } else {
-    set_element<T>(args.log_probs, i, v.log_prob);
+    constexpr double lowest = sizeof(T) == 4 ? -3.4028234663852886e38 : -1.7976931348623157e308;  // a |z| may be larger
+    set_element<T>(args.log_probs, i, v.log_prob < lowest ? lowest : v.log_prob);
   }
 }
 

@@ -23,6 +23,16 @@ def to_float32(x: float) -> float:
 
 
 links = st.sampled_from(reference.LINKS)
+smoothings = st.sampled_from([0.0, 0.25, 1.0, 2.0])
+loss_options = st.fixed_dictionaries(
+    {
+        "beta": st.sampled_from([0.01, 0.1, 1.0]),
+        "gamma": st.sampled_from([0.0, 0.3]),
+        "label_smoothing": st.sampled_from([0.0, 0.1, 0.4]),
+        "robust": st.booleans(),
+        "smoothing": st.sampled_from([0.25, 1.0]),
+    }
+)
 
 
 def dispersions(low: float = 1e-6, high: float = 1e3) -> st.SearchStrategy[float]:

@@ -99,6 +99,7 @@ struct Losing {
 // e^-(ar) with the rounding error of the product ar put back: it would cost ar ulp.
 MALLOWSPO_FN double decay_of(double r, double a) {
   const double u = a * r;
+  if (u > 1e3) return 0;
   return ::exp(-u) * (1 - ::fma(a, r, -u));
 }
 
@@ -107,11 +108,12 @@ MALLOWSPO_FN Losing losing_side(double r, double a) {
   // Past this u the asymptote log q = -u is exact to rounding, and u itself must not overflow.
   if (u > 1e18) return {0, -::fmin(u, 1.7e308), -a, -r};
   const RankMeans m = rank_means(r, a);
-  return {decay_of(r, a) * m.q, -u + ::log(m.q), a * m.q1 / m.q, (r * m.q1 + m.q2) / m.q};
+  return {decay_of(r, a) * m.q, -u + ::log(m.q), a * m.q1 / m.q, r * (m.q1 / m.q) + m.q2 / m.q};
 }
 
 MALLOWSPO_FN Losing smoothed_losing_side(double r, double a, double smoothing) {
-  const RankMeans m = rank_means(smoothing, a);
+  // Past the same bound as above q and its derivatives are 0, and their factors must not overflow.
+  const RankMeans m = a * smoothing > 1e18 ? RankMeans{0, 0, 0, 0, 0.5} : rank_means(smoothing, a);
   const double scale = decay_of(smoothing, a), x = r / smoothing;
   const double q = scale * m.q, slope = -scale * a * m.q1;
   const double q_da = scale * (smoothing * m.q1 + m.q2), slope_da = -scale * (m.q1 + a * m.q1_da);
@@ -128,7 +130,7 @@ MALLOWSPO_FN Losing smoothed_losing_side(double r, double a, double smoothing) {
 MALLOWSPO_FN LinkValue mallows_link(double z, double a, double smoothing) {
   const double r = ::fabs(z);
   if (r == 0 && smoothing == 0) {  // g(0) = 1/2 by definition; the slope is that of both one-sided limits
-    return {-0.69314718055994530942, -2 * a * detail::rank_means(0, a).q1, 0};
+    return {-0.69314718055994530942, -2 * (a * detail::rank_means(0, a).q1), 0};
   }
   const detail::Losing lose = r >= smoothing ? detail::losing_side(r, a) : detail::smoothed_losing_side(r, a, smoothing);
   if (z < 0) return {lose.log_q, -lose.d_r, lose.d_a};

@@ -48,7 +48,7 @@ MALLOWSPO_FN LinkValue log_likelihood(Link link, double z, double a, double smoo
     value = -(x - 0.5) * (x - 0.5);
     slope = -2 * (x - 0.5);
   } else {
-    value = x < 1 ? x - 1 : 0 * x;
+    value = x < 1 ? x - 1 : x >= 1 ? 0 : x;  // NaN stays NaN, infinity does not become it
     slope = x < 1 ? 1 : 0;
   }
   return {value, factor * slope, plug_in ? 2 * z * slope : 0};

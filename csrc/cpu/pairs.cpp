@@ -1,8 +1,8 @@
 // The per-pair operators on the CPU: plain loops, because a batch holds few pairs and all arithmetic is in double.
 #include "../pairs.h"
 
+#include <sstream>
 #include <stdexcept>
-#include <string>
 
 namespace mallowspo::cpu {
 namespace {
@@ -12,9 +12,12 @@ template <class T>
 void check_dispersion(const void* dispersion, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const double a = element<T>(dispersion, i);
-    if (a != checked_dispersion(a))
-      throw std::invalid_argument("neg_log_dispersion[" + std::to_string(i) + "] is " + std::to_string(a) +
-                                  "; it is -log phi with phi in (0, 1], so it must be finite and >= 0");
+    if (a != checked_dispersion(a)) {
+      std::ostringstream message;
+      message << "neg_log_dispersion[" << i << "] is " << a
+              << "; it is -log phi with phi in (0, 1], so it must be finite and >= 0";
+      throw std::invalid_argument(message.str());
+    }
   }
 }
 
