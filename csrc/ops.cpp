@@ -43,8 +43,10 @@ bool same_sizes(const Tensor& a, const Tensor& b, int64_t dims) {
   return true;
 }
 
+bool same_shape(const Tensor& a, const Tensor& b) { return a.dim() == b.dim() && same_sizes(a, b, a.dim()); }
+
 void check_same(const Tensor& like, const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == like.dim() && same_sizes(like, t, like.dim()), name, " has another shape than the first tensor");
+  STD_TORCH_CHECK(same_shape(like, t), name, " has another shape than the first tensor");
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " has another dtype than the first tensor");
   STD_TORCH_CHECK(t.device() == like.device(), name, " is on another device than the first tensor");
 }
@@ -79,6 +81,16 @@ struct Inputs {
 
 // ---- token_stats ----------------------------------------------------------------------------------------------------
 
+RowLayout layout_of(const Tensor& rows) {
+  RowLayout layout{};
+  layout.dims = static_cast<int>(rows.dim() - 1);
+  for (int64_t d = 0; d < layout.dims; ++d) {
+    layout.sizes[d] = rows.size(d);
+    layout.strides[d] = rows.stride(d);
+  }
+  return layout;
+}
+
 // logits must have a contiguous last dimension and `labels` must be contiguous; both outlive the arguments.
 TokenStatsArgs token_stats_args(const Tensor& logits, const Tensor& labels, int64_t ignore_index, double temperature) {
   const int64_t leading = logits.dim() - 1;
@@ -92,13 +104,10 @@ TokenStatsArgs token_stats_args(const Tensor& logits, const Tensor& labels, int6
   args.dtype = dtype_of(logits);
   args.rows = labels.numel();
   args.vocab = logits.size(leading);
+  args.entries = args.vocab;
   args.ignore_index = ignore_index;
   args.inverse_temperature = 1 / temperature;
-  args.layout.dims = static_cast<int>(leading);
-  for (int64_t d = 0; d < leading; ++d) {
-    args.layout.sizes[d] = logits.size(d);
-    args.layout.strides[d] = logits.stride(d);
-  }
+  args.layout = layout_of(logits);
   args.logits = logits.const_data_ptr();
   args.labels = labels.const_data_ptr<int64_t>();
   return args;
@@ -123,25 +132,78 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(const Tensor& logits_in, 
   return {logps, entropy, row_max, log_sum};
 }
 
-Tensor token_stats_backward(const OptionalTensor& grad_logps, const OptionalTensor& grad_entropy, const Tensor& logits_in,
-                            const Tensor& labels_in, const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum,
-                            int64_t ignore_index, double temperature) {
-  const Tensor logits = with_contiguous_rows(logits_in), labels = torch::stable::contiguous(labels_in);
+void check_tile(const Tensor& logits, int64_t first_entry, int64_t entries) {
+  const int64_t last = logits.dim() - 1;
+  STD_TORCH_CHECK(last >= 0 && (logits.size(last) == 1 || logits.stride(last) == 1), "a tile needs contiguous rows");
+  STD_TORCH_CHECK(first_entry >= 0 && entries >= logits.size(last), "a tile lies inside the vocabulary");
+}
+
+void token_stats_tile(const Tensor& state, const Tensor& logits, const Tensor& labels_in, int64_t first_entry,
+                      int64_t entries, int64_t ignore_index, double temperature) {
+  const Tensor labels = torch::stable::contiguous(labels_in);
+  check_tile(logits, first_entry, entries);
+  TokenStatsTileArgs args{};
+  args.tile = token_stats_args(logits, labels, ignore_index, temperature);
+  args.tile.first_entry = first_entry;
+  args.tile.entries = entries;
+  STD_TORCH_CHECK(state.dim() == 2 && state.size(0) == 4 && state.size(1) == args.tile.rows && state.is_contiguous() &&
+                      state.scalar_type() == accumulator_of(logits) && state.device() == logits.device(),
+                  "state must be [4, rows], contiguous, in the accumulator's dtype");
+  char* at = static_cast<char*>(state.mutable_data_ptr());
+  void** const parts[] = {&args.row_max, &args.sum, &args.weighted, &args.label_logit};
+  for (void** part : parts) {
+    *part = at;
+    at += args.tile.rows * static_cast<int64_t>(state.element_size());
+  }
+  if (args.tile.rows > 0) MALLOWSPO_RUN(logits, token_stats_tile, args);
+}
+
+// Everything the backward reads but the logits and labels; `saved` owns what had to be copied.
+TokenStatsBackwardArgs token_stats_backward_args(Inputs& saved, const OptionalTensor& grad_logps,
+                                                 const OptionalTensor& grad_entropy, const Tensor& logits,
+                                                 const Tensor& labels, const Tensor& entropy, const Tensor& row_max,
+                                                 const Tensor& log_sum, int64_t ignore_index, double temperature) {
   TokenStatsBackwardArgs args{};
   args.forward = token_stats_args(logits, labels, ignore_index, temperature);
-  STD_TORCH_CHECK(same_sizes(labels, entropy, labels.dim()) && entropy.scalar_type() == accumulator_of(logits) &&
+  STD_TORCH_CHECK(same_shape(labels, entropy) && entropy.scalar_type() == accumulator_of(logits) &&
                       entropy.device() == logits.device(),
                   "entropy must be the output of token_stats for these logits");
-  Inputs saved{entropy, {}};
   args.forward.entropy = const_cast<void*>(saved(entropy, "entropy"));
   args.forward.row_max = const_cast<void*>(saved(row_max, "row_max"));
   args.forward.log_sum = const_cast<void*>(saved(log_sum, "log_sum"));
   args.grad_logps = saved(grad_logps, "grad_logps");
   args.grad_entropy = saved(grad_entropy, "grad_entropy");
+  return args;
+}
+
+Tensor token_stats_backward(const OptionalTensor& grad_logps, const OptionalTensor& grad_entropy, const Tensor& logits_in,
+                            const Tensor& labels_in, const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum,
+                            int64_t ignore_index, double temperature) {
+  const Tensor logits = with_contiguous_rows(logits_in), labels = torch::stable::contiguous(labels_in);
+  Inputs saved{entropy, {}};
+  TokenStatsBackwardArgs args = token_stats_backward_args(saved, grad_logps, grad_entropy, logits, labels, entropy,
+                                                          row_max, log_sum, ignore_index, temperature);
   const Tensor grad = torch::stable::new_empty(logits, logits.sizes());
   args.grad_logits = grad.mutable_data_ptr();
+  args.grad_layout = layout_of(grad);
   if (args.forward.rows > 0) MALLOWSPO_RUN(logits, token_stats_backward, args);
   return grad;
+}
+
+void token_stats_backward_tile(const Tensor& logits, const OptionalTensor& grad_logps, const OptionalTensor& grad_entropy,
+                               const Tensor& labels_in, const Tensor& entropy, const Tensor& row_max,
+                               const Tensor& log_sum, int64_t first_entry, int64_t entries, int64_t ignore_index,
+                               double temperature) {
+  const Tensor labels = torch::stable::contiguous(labels_in);
+  check_tile(logits, first_entry, entries);
+  Inputs saved{entropy, {}};
+  TokenStatsBackwardArgs args = token_stats_backward_args(saved, grad_logps, grad_entropy, logits, labels, entropy,
+                                                          row_max, log_sum, ignore_index, temperature);
+  args.forward.first_entry = first_entry;
+  args.forward.entries = entries;
+  args.grad_logits = logits.mutable_data_ptr();
+  args.grad_layout = args.forward.layout;
+  if (args.forward.rows > 0) MALLOWSPO_RUN(logits, token_stats_backward, args);
 }
 
 // ---- preference_loss ------------------------------------------------------------------------------------------------
@@ -187,7 +249,7 @@ std::tuple<Tensor, Tensor> preference_loss_backward(const Tensor& grad_losses, c
   Inputs inputs{chosen, {}}, grads{grad_losses, {}};
   PairArgs args = pair_args(inputs, chosen, rejected, ref_chosen, ref_rejected, neg_log_dispersion, link, beta, gamma,
                             label_smoothing, robust, smoothing);
-  STD_TORCH_CHECK(same_sizes(chosen, grad_losses, chosen.dim()) && grad_losses.scalar_type() == accumulator_of(chosen) &&
+  STD_TORCH_CHECK(same_shape(chosen, grad_losses) && grad_losses.scalar_type() == accumulator_of(chosen) &&
                       grad_losses.device() == chosen.device(),
                   "grad_losses must be like the losses");
   args.grad_losses = grads(grad_losses, "grad_losses");
@@ -224,7 +286,7 @@ std::tuple<Tensor, Tensor> mallows_log_prob_backward(const Tensor& grad_log_prob
                                                      const Tensor& neg_log_dispersion, double smoothing) {
   Inputs inputs{margin, {}}, grads{grad_log_probs, {}};
   MallowsArgs args = mallows_args(inputs, margin, neg_log_dispersion, smoothing);
-  STD_TORCH_CHECK(same_sizes(margin, grad_log_probs, margin.dim()) &&
+  STD_TORCH_CHECK(same_shape(margin, grad_log_probs) &&
                       grad_log_probs.scalar_type() == accumulator_of(margin) && grad_log_probs.device() == margin.device(),
                   "grad_log_probs must be like the log-probabilities");
   args.grad_log_probs = grads(grad_log_probs, "grad_log_probs");
@@ -239,6 +301,8 @@ std::tuple<Tensor, Tensor> mallows_log_prob_backward(const Tensor& grad_log_prob
 // The same functions serve every backend; `run` picks the kernels.
 void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("token_stats", TORCH_BOX(&token_stats));
+  m.impl("token_stats_tile", TORCH_BOX(&token_stats_tile));
+  m.impl("token_stats_backward_tile", TORCH_BOX(&token_stats_backward_tile));
   m.impl("token_stats_backward", TORCH_BOX(&token_stats_backward));
   m.impl("preference_loss", TORCH_BOX(&preference_loss));
   m.impl("preference_loss_backward", TORCH_BOX(&preference_loss_backward));
@@ -257,6 +321,16 @@ STABLE_TORCH_LIBRARY(mallowspo, m) {
   m.def(
       "token_stats_backward(Tensor? grad_logps, Tensor? grad_entropy, Tensor logits, Tensor labels, Tensor entropy,"
       " Tensor row_max, Tensor log_sum, int ignore_index, float temperature) -> Tensor grad_logits");
+  // The same over tiles of the vocabulary: logits [N, W] of the entries first_entry ... of `entries` in all. `state`
+  // [4, N] holds m, s, t and the label's logit so far, after the last tile m, log s, the entropy and the log-probability;
+  // the backward overwrites the logits with their gradient.
+  m.def(
+      "token_stats_tile(Tensor(a!) state, Tensor logits, Tensor labels, int first_entry, int entries, int ignore_index,"
+      " float temperature) -> ()");
+  m.def(
+      "token_stats_backward_tile(Tensor(a!) logits, Tensor? grad_logps, Tensor? grad_entropy, Tensor labels,"
+      " Tensor entropy, Tensor row_max, Tensor log_sum, int first_entry, int entries, int ignore_index,"
+      " float temperature) -> ()");
   // all [B]; `link` is mallowspo._C.Link
   m.def(
       "preference_loss(Tensor chosen_logps, Tensor rejected_logps, Tensor? ref_chosen_logps, Tensor? ref_rejected_logps,"

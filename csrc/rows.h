@@ -31,6 +31,9 @@ struct RowLayout {
 struct TokenStatsArgs {
   DType dtype;
   int64_t rows, vocab, ignore_index;
+  // The logits may be a tile of the vocabulary: entries first_entry, first_entry + 1, ... of `entries` in all. A label
+  // outside the tile belongs to another one.
+  int64_t first_entry, entries;
   double inverse_temperature;
   RowLayout layout;       // of logits
   const void* logits;     // last dimension contiguous
@@ -40,10 +43,25 @@ struct TokenStatsArgs {
   void *logps, *entropy, *row_max, *log_sum;
 };
 
+// What the tiles of a row have given so far (core/token_stats.h): m, s, t and the label's logit; all [rows]. The last
+// tile turns s, t and the logit into log s, the entropy and the log-probability.
+struct TokenStatsTileArgs {
+  TokenStatsArgs tile;
+  void *row_max, *sum, *weighted, *label_logit;
+
+#if defined(__CUDACC__)
+  __host__ __device__
+#endif
+      bool last() const {
+    return tile.first_entry + tile.vocab == tile.entries;
+  }
+};
+
 struct TokenStatsBackwardArgs {
-  TokenStatsArgs forward;               // its outputs are inputs here
+  TokenStatsArgs forward;                 // its outputs are inputs here
   const void *grad_logps, *grad_entropy;  // [rows] or null
-  void* grad_logits;                    // [rows, vocab], contiguous
+  void* grad_logits;                      // [rows, vocab] with grad_layout; may be the logits themselves
+  RowLayout grad_layout;
 };
 
 struct PairArgs {
@@ -69,6 +87,7 @@ struct MallowsArgs {
 #define MALLOWSPO_DECLARE_BACKEND(NAME)                        \
   namespace NAME {                                             \
   void token_stats(const TokenStatsArgs&);                     \
+  void token_stats_tile(const TokenStatsTileArgs&);            \
   void token_stats_backward(const TokenStatsBackwardArgs&);    \
   void preference_loss(const PairArgs&);                       \
   void preference_loss_backward(const PairArgs&);              \

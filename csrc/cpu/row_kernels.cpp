@@ -72,42 +72,81 @@ Partial<Vec<A>> block_sums(const A* x, int64_t count, A m) {
   return {(p[0].s + p[1].s) + (p[2].s + p[3].s), (p[0].t + p[1].t) + (p[2].t + p[3].t)};
 }
 
+// What is known of a row after some of its logits.
+template <class A>
+struct RowState {
+  A m;
+  Partial<A> sums;
+  A label_logit;
+};
+
+template <class T>
+void read_row(const TokenStatsArgs& args, int64_t r, acc_t<T>* scratch, RowState<acc_t<T>>& state) {
+  using A = acc_t<T>;
+  const T* row = static_cast<const T*>(args.logits) + args.layout.offset(r);
+  const A inverse_temperature = static_cast<A>(args.inverse_temperature);
+  const int64_t label = args.labels[r] - args.first_entry;
+  Partial<Vec<A>> sums = {};
+  sums.s[0] = state.sums.s;
+  sums.t[0] = state.sums.t;
+  for (int64_t start = 0; start < args.vocab; start += block) {
+    int64_t count = args.vocab - start < block ? args.vocab - start : block;
+    const bool has_label = label >= start && label < start + count;
+    const A* x = staged(row + start, count, inverse_temperature, scratch);
+    // Not recomputed from the row: fused with the subtraction of m it would be rounded otherwise than in the sums.
+    if (has_label) state.label_logit = x[label - start];
+    const A top = block_max(x, count);
+    if (top > state.m) {
+      const Vec<A> delta = shifted<A>(Vec<A>{} + state.m, top);
+      shift(sums, delta, exp_of(delta));
+      state.m = top;
+    }
+    const Partial<Vec<A>> more = block_sums(x, count, state.m);
+    sums.s += more.s;
+    sums.t += more.t;
+  }
+  state.sums = {sum_of<A>(sums.s), sum_of<A>(sums.t)};
+}
+
 template <class T>
 void forward(const TokenStatsArgs& args, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  const T* logits = static_cast<const T*>(args.logits);
   A *logps = static_cast<A*>(args.logps), *entropy = static_cast<A*>(args.entropy);
   A *row_max = static_cast<A*>(args.row_max), *log_sum = static_cast<A*>(args.log_sum);
-  const A inverse_temperature = static_cast<A>(args.inverse_temperature);
   alignas(64) A scratch[block];
   for (int64_t r = begin; r < end; ++r) {
-    const int64_t label = args.labels[r];
-    if (label == args.ignore_index) {
+    if (args.labels[r] == args.ignore_index) {
       logps[r] = entropy[r] = row_max[r] = log_sum[r] = 0;
       continue;
     }
-    const T* row = logits + args.layout.offset(r);
-    A m = lowest(A{});
-    Partial<Vec<A>> sums = {};
-    for (int64_t start = 0; start < args.vocab; start += block) {
-      int64_t count = args.vocab - start < block ? args.vocab - start : block;
-      const A* x = staged(row + start, count, inverse_temperature, scratch);
-      const A top = block_max(x, count);
-      if (top > m) {
-        const Vec<A> delta = shifted<A>(Vec<A>{} + m, top);
-        shift(sums, delta, exp_of(delta));
-        m = top;
-      }
-      const Partial<Vec<A>> more = block_sums(x, count, m);
-      sums.s += more.s;
-      sums.t += more.t;
-    }
-    const Partial<A> total{sum_of<A>(sums.s), sum_of<A>(sums.t)};
-    const A log_s = std::log(total.s);
-    logps[r] = log_prob_of(static_cast<A>(widen(row[label]) * inverse_temperature), m, log_s);
-    entropy[r] = entropy_of(log_s, total);
-    row_max[r] = m;
+    RowState<A> state{lowest(A{}), {0, 0}, 0};
+    read_row<T>(args, r, scratch, state);
+    const A log_s = std::log(state.sums.s);
+    logps[r] = log_prob_of(state.label_logit, state.m, log_s);
+    entropy[r] = entropy_of(log_s, state.sums);
+    row_max[r] = state.m;
     log_sum[r] = log_s;
+  }
+}
+
+template <class T>
+void tile(const TokenStatsTileArgs& args, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  A *row_max = static_cast<A*>(args.row_max), *sum = static_cast<A*>(args.sum);
+  A *weighted = static_cast<A*>(args.weighted), *label_logit = static_cast<A*>(args.label_logit);
+  alignas(64) A scratch[block];
+  for (int64_t r = begin; r < end; ++r) {
+    if (args.tile.labels[r] == args.tile.ignore_index) {
+      row_max[r] = sum[r] = weighted[r] = label_logit[r] = 0;
+      continue;
+    }
+    RowState<A> state{row_max[r], {sum[r], weighted[r]}, label_logit[r]};
+    read_row<T>(args.tile, r, scratch, state);
+    const A log_s = std::log(state.sums.s);
+    row_max[r] = state.m;
+    sum[r] = args.last() ? log_s : state.sums.s;
+    weighted[r] = args.last() ? entropy_of(log_s, state.sums) : state.sums.t;
+    label_logit[r] = args.last() ? log_prob_of(state.label_logit, state.m, log_s) : state.label_logit;
   }
 }
 
@@ -121,9 +160,9 @@ void backward(const TokenStatsBackwardArgs& args, int64_t begin, int64_t end) {
   const A inverse_temperature = static_cast<A>(f.inverse_temperature);
   alignas(64) A scratch[block], gradient[block];
   for (int64_t r = begin; r < end; ++r) {
-    T* out = grads + r * f.vocab;
-    const int64_t label = f.labels[r];
-    if (label == f.ignore_index) {
+    T* out = grads + args.grad_layout.offset(r);
+    const int64_t label = f.labels[r] - f.first_entry;
+    if (f.labels[r] == f.ignore_index) {
       std::memset(out, 0, f.vocab * sizeof(T));
       continue;
     }
@@ -158,6 +197,10 @@ void backward(const TokenStatsBackwardArgs& args, int64_t begin, int64_t end) {
 
 void token_stats_rows(const TokenStatsArgs& args, int64_t begin, int64_t end) {
   MALLOWSPO_DISPATCH(args.dtype, forward)
+}
+
+void token_stats_tile_rows(const TokenStatsTileArgs& args, int64_t begin, int64_t end) {
+  MALLOWSPO_DISPATCH(args.tile.dtype, tile)
 }
 
 void token_stats_backward_rows(const TokenStatsBackwardArgs& args, int64_t begin, int64_t end) {

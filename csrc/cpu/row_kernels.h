@@ -8,6 +8,7 @@ namespace mallowspo::cpu {
 #define MALLOWSPO_DECLARE_ROW_KERNELS(ISA)                                               \
   namespace ISA {                                                                        \
   void token_stats_rows(const TokenStatsArgs&, int64_t begin, int64_t end);              \
+  void token_stats_tile_rows(const TokenStatsTileArgs&, int64_t begin, int64_t end);     \
   void token_stats_backward_rows(const TokenStatsBackwardArgs&, int64_t begin, int64_t end); \
   }
 MALLOWSPO_DECLARE_ROW_KERNELS(baseline)

@@ -11,6 +11,7 @@ namespace {
 
 struct RowKernels {
   void (*forward)(const TokenStatsArgs&, int64_t, int64_t);
+  void (*tile)(const TokenStatsTileArgs&, int64_t, int64_t);
   void (*backward)(const TokenStatsBackwardArgs&, int64_t, int64_t);
 };
 
@@ -19,11 +20,11 @@ RowKernels pick() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
-    return {avx512::token_stats_rows, avx512::token_stats_backward_rows};
+    return {avx512::token_stats_rows, avx512::token_stats_tile_rows, avx512::token_stats_backward_rows};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return {avx2::token_stats_rows, avx2::token_stats_backward_rows};
+    return {avx2::token_stats_rows, avx2::token_stats_tile_rows, avx2::token_stats_backward_rows};
 #endif
-  return {baseline::token_stats_rows, baseline::token_stats_backward_rows};
+  return {baseline::token_stats_rows, baseline::token_stats_tile_rows, baseline::token_stats_backward_rows};
 }
 
 const RowKernels& kernels() {
@@ -38,9 +39,9 @@ int64_t grain(int64_t vocab) { return std::max<int64_t>(1, 32768 / vocab); }
 void check_labels(const TokenStatsArgs& args) {
   for (int64_t r = 0; r < args.rows; ++r) {
     const int64_t label = args.labels[r];
-    if (label != args.ignore_index && (label < 0 || label >= args.vocab))
+    if (label != args.ignore_index && (label < 0 || label >= args.entries))
       throw std::out_of_range("label " + std::to_string(label) + " at row " + std::to_string(r) +
-                              " is outside the vocabulary of " + std::to_string(args.vocab) +
+                              " is outside the vocabulary of " + std::to_string(args.entries) +
                               " entries; use ignore_index (" + std::to_string(args.ignore_index) +
                               ") for rows without a label");
   }
@@ -52,6 +53,12 @@ void token_stats(const TokenStatsArgs& args) {
   check_labels(args);
   torch::stable::parallel_for(0, args.rows, grain(args.vocab),
                               [&](int64_t begin, int64_t end) { kernels().forward(args, begin, end); });
+}
+
+void token_stats_tile(const TokenStatsTileArgs& args) {
+  check_labels(args.tile);
+  torch::stable::parallel_for(0, args.tile.rows, grain(args.tile.vocab),
+                              [&](int64_t begin, int64_t end) { kernels().tile(args, begin, end); });
 }
 
 void token_stats_backward(const TokenStatsBackwardArgs& args) {

@@ -1,6 +1,11 @@
-// The current stream and the check after a launch, for every .cu file.
+// How every .cu file launches: on the current stream, checked.
 #pragma once
 
+#if defined(MALLOWSPO_CUDA_ON_HOST)
+#include "cuda_on_host.h"  // the tests run the kernels without a GPU
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/headeronly/util/Exception.h>
@@ -28,7 +33,13 @@ inline void check_launch() {
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA kernel launch failed: ", cudaGetErrorString(error));
 }
 
-// Enough blocks to fill the device; the kernels walk over what is left.
-inline unsigned blocks_for(int64_t work) { return static_cast<unsigned>(work < 65536 ? work : 65536); }
+// The only place that launches: at most 65536 blocks, over whose number the kernels walk.
+template <class... Args>
+void launch(void (*kernel)(Args...), int64_t blocks, int threads, Args... args) {
+  kernel<<<static_cast<unsigned>(blocks < 65536 ? blocks : 65536), threads, 0, current_stream()>>>(args...);
+  check_launch();
+}
 
 }  // namespace mallowspo::cuda
+
+#endif  // MALLOWSPO_CUDA_ON_HOST

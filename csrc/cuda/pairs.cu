@@ -18,20 +18,18 @@ __global__ void each(Args args, int64_t count) {
 }
 
 template <class Args, Element<Args> f32, Element<Args> f64>
-void launch(const Args& args, int64_t count) {
-  const auto kernel = args.dtype == DType::f64 ? each<Args, f64> : each<Args, f32>;
-  kernel<<<blocks_for((count + threads - 1) / threads), threads, 0, current_stream()>>>(args, count);
-  check_launch();
+void launch_elements(const Args& args, int64_t count) {
+  launch(args.dtype == DType::f64 ? each<Args, f64> : each<Args, f32>, (count + threads - 1) / threads, threads, args, count);
 }
 
 }  // namespace
 
 void preference_loss(const PairArgs& args) {
-  launch<PairArgs, preference_loss_at<float>, preference_loss_at<double>>(args, args.pairs);
+  launch_elements<PairArgs, preference_loss_at<float>, preference_loss_at<double>>(args, args.pairs);
 }
 void preference_loss_backward(const PairArgs& args) { preference_loss(args); }
 void mallows_log_prob(const MallowsArgs& args) {
-  launch<MallowsArgs, mallows_log_prob_at<float>, mallows_log_prob_at<double>>(args, args.count);
+  launch_elements<MallowsArgs, mallows_log_prob_at<float>, mallows_log_prob_at<double>>(args, args.count);
 }
 void mallows_log_prob_backward(const MallowsArgs& args) { mallows_log_prob(args); }
 

@@ -1,7 +1,4 @@
 // token_stats on CUDA: one block a row, each thread an online softmax over its share, merged by warp shuffles.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdio>
 
 #include "../core/token_stats.h"
@@ -32,6 +29,10 @@ __device__ void narrow(float x, float* out) { *out = x; }
 __device__ void narrow(double x, double* out) { *out = x; }
 __device__ void narrow(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
 __device__ void narrow(float x, __half* out) { *out = __float2half_rn(x); }
+
+// Rounded here: fused with a later subtraction of the maximum it would be another number than the one compared.
+__device__ float product(float x, float y) { return __fmul_rn(x, y); }
+__device__ double product(double x, double y) { return __dmul_rn(x, y); }
 
 __device__ float lowest(float) { return -3.402823466e38f; }
 __device__ double lowest(double) { return -1.7976931348623157e308; }
@@ -81,35 +82,79 @@ __device__ void check_label(int64_t label, int64_t vocab) {
 }
 
 template <class T>
-__global__ void forward(TokenStatsArgs args) {
+__device__ acc_t<T> logit_at(const TokenStatsArgs& args, int64_t r, int64_t v) {
+  const T* row = static_cast<const T*>(args.logits) + args.layout.offset(r);
+  return product(widen(row[v]), static_cast<acc_t<T>>(args.inverse_temperature));
+}
+
+// The block's row summed up; thread 0 has the result. Every thread of the block calls it.
+template <class T>
+__device__ Running<acc_t<T>> row_sums(const TokenStatsArgs& args, int64_t r) {
   using A = acc_t<T>;
   __shared__ Running<A> per_warp[warps];
-  const A inverse_temperature = static_cast<A>(args.inverse_temperature);
+  Running<A> mine{lowest(A{}), {0, 0}};
+  for (int64_t v = threadIdx.x; v < args.vocab; v += threads) {
+    const A l = logit_at<T>(args, r, v);
+    if (l > mine.m) rebase(mine, l);
+    const A d = shifted(l, mine.m);
+    accumulate(mine.sums, d, static_cast<A>(exp(d)));
+  }
+  mine = merged_over_warp(mine);
+  __syncthreads();  // the row before may still be read
+  if (threadIdx.x % 32 == 0) per_warp[threadIdx.x / 32] = mine;
+  __syncthreads();
+  Running<A> total = per_warp[0];
+  if (threadIdx.x == 0)
+    for (int w = 1; w < warps; ++w) total = merged(total, per_warp[w]);
+  return total;
+}
+
+template <class T>
+__global__ void forward(TokenStatsArgs args) {
+  using A = acc_t<T>;
+  A *logps = static_cast<A*>(args.logps), *entropy = static_cast<A*>(args.entropy);
+  A *row_max = static_cast<A*>(args.row_max), *log_sum = static_cast<A*>(args.log_sum);
   for (int64_t r = blockIdx.x; r < args.rows; r += gridDim.x) {
     const int64_t label = args.labels[r];
-    const bool ignored = label == args.ignore_index;
-    if (!ignored) check_label(label, args.vocab);
-    const T* row = static_cast<const T*>(args.logits) + args.layout.offset(r);
-    Running<A> mine{lowest(A{}), {0, 0}};
-    for (int64_t v = threadIdx.x; v < (ignored ? 0 : args.vocab); v += threads) {
-      const A l = widen(row[v]) * inverse_temperature;
-      if (l > mine.m) rebase(mine, l);
-      const A d = shifted(l, mine.m);
-      accumulate(mine.sums, d, static_cast<A>(exp(d)));
+    if (label == args.ignore_index) {
+      if (threadIdx.x == 0) logps[r] = entropy[r] = row_max[r] = log_sum[r] = 0;
+      continue;
     }
-    mine = merged_over_warp(mine);
-    if (threadIdx.x % 32 == 0) per_warp[threadIdx.x / 32] = mine;
-    __syncthreads();
+    check_label(label, args.entries);
+    const Running<A> total = row_sums<T>(args, r);
     if (threadIdx.x == 0) {
-      Running<A> total = per_warp[0];
-      for (int w = 1; w < warps; ++w) total = merged(total, per_warp[w]);
       const A log_s = log(total.sums.s);
-      static_cast<A*>(args.logps)[r] = ignored ? A(0) : log_prob_of(static_cast<A>(widen(row[label]) * inverse_temperature), total.m, log_s);
-      static_cast<A*>(args.entropy)[r] = ignored ? A(0) : entropy_of(log_s, total.sums);
-      static_cast<A*>(args.row_max)[r] = ignored ? A(0) : total.m;
-      static_cast<A*>(args.log_sum)[r] = ignored ? A(0) : log_s;
+      logps[r] = log_prob_of(logit_at<T>(args, r, label), total.m, log_s);
+      entropy[r] = entropy_of(log_s, total.sums);
+      row_max[r] = total.m;
+      log_sum[r] = log_s;
     }
-    __syncthreads();  // per_warp is written again for the next row
+  }
+}
+
+template <class T>
+__global__ void tile(TokenStatsTileArgs args) {
+  using A = acc_t<T>;
+  const TokenStatsArgs& t = args.tile;
+  A *row_max = static_cast<A*>(args.row_max), *sum = static_cast<A*>(args.sum);
+  A *weighted = static_cast<A*>(args.weighted), *label_logit = static_cast<A*>(args.label_logit);
+  for (int64_t r = blockIdx.x; r < t.rows; r += gridDim.x) {
+    if (t.labels[r] == t.ignore_index) {
+      if (threadIdx.x == 0) row_max[r] = sum[r] = weighted[r] = label_logit[r] = 0;
+      continue;
+    }
+    check_label(t.labels[r], t.entries);
+    const int64_t label = t.labels[r] - t.first_entry;
+    const Running<A> here = row_sums<T>(t, r);
+    if (threadIdx.x == 0) {
+      const Running<A> total = merged(Running<A>{row_max[r], {sum[r], weighted[r]}}, here);
+      const A logit = label >= 0 && label < t.vocab ? logit_at<T>(t, r, label) : label_logit[r];
+      const A log_s = log(total.sums.s);
+      row_max[r] = total.m;
+      sum[r] = args.last() ? log_s : total.sums.s;
+      weighted[r] = args.last() ? entropy_of(log_s, total.sums) : total.sums.t;
+      label_logit[r] = args.last() ? log_prob_of(logit, total.m, log_s) : logit;
+    }
   }
 }
 
@@ -119,11 +164,10 @@ __global__ void backward(TokenStatsBackwardArgs args) {
   const TokenStatsArgs& f = args.forward;
   const A inverse_temperature = static_cast<A>(f.inverse_temperature);
   for (int64_t r = blockIdx.x; r < f.rows; r += gridDim.x) {
-    T* out = static_cast<T*>(args.grad_logits) + r * f.vocab;
-    const int64_t label = f.labels[r];
-    const bool ignored = label == f.ignore_index;
-    if (!ignored) check_label(label, f.vocab);
-    const T* row = static_cast<const T*>(f.logits) + f.layout.offset(r);
+    T* out = static_cast<T*>(args.grad_logits) + args.grad_layout.offset(r);
+    const bool ignored = f.labels[r] == f.ignore_index;
+    if (!ignored) check_label(f.labels[r], f.entries);
+    const int64_t label = f.labels[r] - f.first_entry;
     const A g_logp = args.grad_logps && !ignored ? static_cast<const A*>(args.grad_logps)[r] : A(0);
     const A g_entropy = args.grad_entropy && !ignored ? static_cast<const A*>(args.grad_entropy)[r] : A(0);
     const A entropy = static_cast<const A*>(f.entropy)[r];
@@ -131,7 +175,7 @@ __global__ void backward(TokenStatsBackwardArgs args) {
     for (int64_t v = threadIdx.x; v < f.vocab; v += threads) {
       A gradient = 0;
       if (!ignored) {
-        const A log_p = shifted(static_cast<A>(widen(row[v]) * inverse_temperature), m) - log_s;
+        const A log_p = shifted(logit_at<T>(f, r, v), m) - log_s;
         gradient = logit_gradient(log_p, static_cast<A>(exp(log_p)), g_logp, g_entropy, entropy);
         gradient = (gradient + (v == label ? g_logp : A(0))) * inverse_temperature;
       }
@@ -141,21 +185,24 @@ __global__ void backward(TokenStatsBackwardArgs args) {
 }
 
 template <class Args>
-void launch(const Args& args, DType dtype, int64_t rows, void (*f32)(Args), void (*f64)(Args), void (*bf16)(Args),
-            void (*f16)(Args)) {
+void launch_rows(const Args& args, DType dtype, int64_t rows, void (*f32)(Args), void (*f64)(Args),
+                 void (*bf16)(Args), void (*f16)(Args)) {
   void (*const kernels[])(Args) = {f32, f64, bf16, f16};  // in the order of DType
-  kernels[static_cast<int>(dtype)]<<<blocks_for(rows), threads, 0, current_stream()>>>(args);
-  check_launch();
+  launch(kernels[static_cast<int>(dtype)], rows, threads, args);
 }
 
 }  // namespace
 
 void token_stats(const TokenStatsArgs& args) {
-  launch(args, args.dtype, args.rows, forward<float>, forward<double>, forward<__nv_bfloat16>, forward<__half>);
+  launch_rows(args, args.dtype, args.rows, forward<float>, forward<double>, forward<__nv_bfloat16>, forward<__half>);
+}
+
+void token_stats_tile(const TokenStatsTileArgs& args) {
+  launch_rows(args, args.tile.dtype, args.tile.rows, tile<float>, tile<double>, tile<__nv_bfloat16>, tile<__half>);
 }
 
 void token_stats_backward(const TokenStatsBackwardArgs& args) {
-  launch(args, args.forward.dtype, args.forward.rows, backward<float>, backward<double>, backward<__nv_bfloat16>,
+  launch_rows(args, args.forward.dtype, args.forward.rows, backward<float>, backward<double>, backward<__nv_bfloat16>,
          backward<__half>);
 }
 

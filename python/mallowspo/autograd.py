@@ -1,11 +1,12 @@
 """Autograd Functions over ``torch.ops.mallowspo.*`` and the fake kernels that let ``torch.compile`` trace them.
 
 Shapes and meaning are those of :mod:`mallowspo.functional`, which also checks the arguments. The operators themselves
-know no autograd: a Function's backward is one operator call, and differentiating it again raises.
+know no autograd: a Function's backward is one operator call and raises under ``create_graph=True``.
 """
 
+import functools
+
 import torch
-from torch.autograd.function import once_differentiable
 
 from mallowspo import _C  # noqa: F401  importing it registers the operators
 
@@ -15,6 +16,21 @@ ops = torch.ops.mallowspo
 def accumulator_dtype(dtype):
     """float64 for float64, float32 for everything else: the dtype of sums and of results."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def first_order(backward):
+    """Makes a backward raise where a second derivative is wanted.
+
+    torch's ``once_differentiable`` does so only if the incoming gradient itself needs one; else it would be left out.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise RuntimeError("mallowspo's operators have no second derivative; differentiate without create_graph")
+        return backward(ctx, *grads)
+
+    return checked
 
 
 class TokenStatsFunction(torch.autograd.Function):
@@ -29,79 +45,12 @@ class TokenStatsFunction(torch.autograd.Function):
         return logps, entropy
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_logps, grad_entropy):
         if not ctx.needs_input_grad[0] or (grad_logps is None and grad_entropy is None):
             return None, None, None, None
         grad = ops.token_stats_backward(grad_logps, grad_entropy, *ctx.saved_tensors, *ctx.settings)
         return grad, None, None, None
-
-
-class LinearTokenStatsFunction(torch.autograd.Function):
-    """(hidden [N, D], weight [V, D], bias [V] or None, labels [N]) -> (logps [N], entropy [N]).
-
-    Works through ``chunk_tokens`` tokens at a time and recomputes their logits in the backward, so that no more than two
-    blocks of [chunk_tokens, V] exist.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, ignore_index, temperature, softcap, chunk_tokens):
-        parts = []
-        for start in range(0, len(hidden), chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            logits = _head_logits(hidden[rows], weight, bias, softcap)
-            parts.append(ops.token_stats(logits, labels[rows], ignore_index, temperature))
-        empty = hidden.new_empty(0, dtype=accumulator_dtype(hidden.dtype))
-        logps, entropy, row_max, log_sum = (
-            (torch.cat([empty, *part]) for part in zip(*parts)) if parts else [empty] * 4
-        )
-        ctx.save_for_backward(hidden, weight, bias, labels, entropy, row_max, log_sum)
-        ctx.settings = ignore_index, temperature, softcap, chunk_tokens
-        ctx.set_materialize_grads(False)
-        return logps, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_logps, grad_entropy):
-        hidden, weight, bias, labels, entropy, row_max, log_sum = ctx.saved_tensors
-        ignore_index, temperature, softcap, chunk_tokens = ctx.settings
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        if grad_logps is None and grad_entropy is None:
-            return (None,) * 8
-        # Chunks add up in float32: in bfloat16 the sum over many tokens would lose the small ones.
-        total = accumulator_dtype(hidden.dtype)
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=total) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=total) if wants_bias else None
-        for start in range(0, len(hidden), chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            logits = _head_logits(hidden[rows], weight, bias, softcap)
-            grad = ops.token_stats_backward(
-                None if grad_logps is None else grad_logps[rows],
-                None if grad_entropy is None else grad_entropy[rows],
-                logits, labels[rows], entropy[rows], row_max[rows], log_sum[rows], ignore_index, temperature,
-            )  # fmt: skip
-            if softcap is not None:
-                grad = (grad * (1 - (logits / softcap) ** 2)).to(hidden.dtype)
-            if wants_hidden:
-                grad_hidden[rows] = grad @ weight
-            if wants_weight:
-                grad_weight += grad.T @ hidden[rows]
-            if wants_bias:
-                grad_bias += grad.sum(0, dtype=total)
-        if wants_weight:
-            grad_weight = grad_weight.to(weight.dtype)
-        if wants_bias:
-            grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
-
-
-def _head_logits(hidden, weight, bias, softcap):
-    """The head's logits; capped ones in the accumulator's dtype, where tanh costs no digits."""
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    if softcap is None:
-        return logits
-    return softcap * torch.tanh(logits.to(accumulator_dtype(logits.dtype)) / softcap)
 
 
 class PreferenceLossFunction(torch.autograd.Function):
@@ -117,7 +66,7 @@ class PreferenceLossFunction(torch.autograd.Function):
         return losses, chosen_rewards, rejected_rewards
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_losses, _chosen_rewards, _rejected_rewards):
         tensors = ctx.saved_tensors
         grad_margin, grad_dispersion = ops.preference_loss_backward(grad_losses, *tensors, *ctx.settings)
@@ -138,7 +87,7 @@ class MallowsLogProbFunction(torch.autograd.Function):
         return ops.mallows_log_prob(margin, neg_log_dispersion, smoothing)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         margin, neg_log_dispersion = ctx.saved_tensors
         grad_margin, grad_dispersion = ops.mallows_log_prob_backward(grad, margin, neg_log_dispersion, ctx.smoothing)
@@ -162,6 +111,16 @@ def _(logits, labels, ignore_index, temperature):
 @torch.library.register_fake("mallowspo::token_stats_backward")
 def _(grad_logps, grad_entropy, logits, labels, entropy, row_max, log_sum, ignore_index, temperature):
     return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("mallowspo::token_stats_tile")
+def _(state, logits, labels, first_entry, entries, ignore_index, temperature):
+    return None
+
+
+@torch.library.register_fake("mallowspo::token_stats_backward_tile")
+def _(logits, *rest):
+    return None
 
 
 @torch.library.register_fake("mallowspo::preference_loss")

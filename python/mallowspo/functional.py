@@ -1,7 +1,7 @@
 """The functions a training loop calls. Needs torch alone.
 
-Symbols: B pairs, N tokens, V vocabulary, D hidden size; log is natural; a = -log phi >= 0 is the neg-log dispersion of a
-prompt. Results are float32, for float64 inputs float64. Inputs are checked here, once; what the functions compute is
+Symbols: B pairs, N tokens, V vocabulary, D hidden size; log is natural; a = -log phi >= 0 is the neg-log dispersion of
+a prompt. Results are float32, for float64 inputs float64. Inputs are checked here, once; what the functions compute is
 written in csrc/core and, in plain Python, in :mod:`mallowspo.reference`.
 
 Devices: CPU and CUDA. On the CPU a label outside the vocabulary raises IndexError and a dispersion that is negative,
@@ -16,24 +16,25 @@ import torch
 
 from mallowspo import _C
 from mallowspo.autograd import (
-    LinearTokenStatsFunction,
     MallowsLogProbFunction,
     PreferenceLossFunction,
     TokenStatsFunction,
+    accumulator_dtype,
 )
+from mallowspo.linear import LinearTokenStatsFunction
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# The links by name, and those that read the neg-log dispersion: plain values, so that torch.compile can trace past them.
+# The links by name, and those that read the neg-log dispersion: plain values, so that torch.compile traces past them.
 LINKS = {link.name.replace("_", "-"): int(link) for link in _C.Link}
 MALLOWS_LINKS = frozenset(name for name, value in LINKS.items() if _C.uses_dispersion(_C.Link(value)))
 HAS_CUDA_KERNELS = _C.build["cuda"].startswith("yes")
 
-# Normalised entropies are kept this far from 0 and 1, where -log is infinite and zero: a is at most 13.8 times the scale.
+# Normalised entropies are kept this far from 0 and 1, where -log is infinite and zero: a <= 13.8 times the scale.
 ENTROPY_CLAMP = 1e-6
 
-# Bytes of logits that linear_token_stats holds at a time: two such blocks, values and gradient, make 64 MiB.
-CHUNK_BYTES = 32 * 2**20
+# Bytes of logits that linear_token_stats holds at a time.
+MEMORY_BUDGET = 64 * 2**20
 
 
 class TokenStats(NamedTuple):
@@ -84,20 +85,31 @@ def token_stats(logits, labels, *, ignore_index=-100, temperature=1.0):
 
 
 def linear_token_stats(
-    hidden, weight, labels, *, bias=None, ignore_index=-100, temperature=1.0, softcap=None, chunk_tokens=None
+    hidden,
+    weight,
+    labels,
+    *,
+    bias=None,
+    ignore_index=-100,
+    temperature=1.0,
+    softcap=None,
+    chunk_tokens=None,
+    memory_budget=MEMORY_BUDGET,
 ):
-    """:func:`token_stats` of ``hidden @ weight.T + bias``, without holding logits of more than a chunk of tokens.
+    """:func:`token_stats` of ``hidden @ weight.T + bias``, without holding more logits than a budget.
 
     Args:
-        hidden: [..., D], float32, float64, bfloat16 or float16. Under autocast, hidden, weight and bias are cast to its
-            dtype, as in ``torch.nn.functional.linear``.
+        hidden: [..., D], float32, float64, bfloat16 or float16. Under autocast, hidden, weight and bias are cast to
+            its dtype, as in ``torch.nn.functional.linear``.
         weight: [V, D], same dtype as hidden.
         labels: [...], int64.
         bias: [V] or None.
         ignore_index: label of the tokens to leave out; their results and gradients are 0.
         temperature: divides the (capped) logits, > 0.
         softcap: c > 0 replaces the logits l by c tanh(l / c), as Gemma 2 does; None leaves them.
-        chunk_tokens: tokens per chunk; default: as many as keep a chunk's logits and their gradient within 64 MiB.
+        chunk_tokens: tokens worked on at a time; default: all, or as many as leave a tile enough columns.
+        memory_budget: bytes of logits held at a time; with a trained head, logits that fit in whole are kept for the
+            backward instead of computed again.
 
     Returns:
         TokenStats(logps, entropy), both [...], float32 (float64 for float64 inputs), differentiable in hidden, weight
@@ -109,6 +121,8 @@ def linear_token_stats(
     _check_tensor("hidden", hidden, DTYPES)
     _check_tensor("weight", weight, DTYPES)
     _check_tensor("labels", labels, (torch.int64,))
+    if bias is not None:
+        _check_tensor("bias", bias, DTYPES)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -123,7 +137,6 @@ def linear_token_stats(
         )
     tensors = {"hidden": hidden, "weight": weight}
     if bias is not None:
-        _check_tensor("bias", bias, DTYPES)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
         tensors["bias"] = bias
@@ -132,13 +145,12 @@ def linear_token_stats(
     _check_positive("temperature", temperature)
     if softcap is not None:
         _check_positive("softcap", softcap)
-    if chunk_tokens is None:
-        chunk_tokens = max(1, CHUNK_BYTES // (weight.shape[0] * max(hidden.element_size(), 4 if softcap else 1)))
-    elif not isinstance(chunk_tokens, int) or chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be an integer >= 1 or None, got {chunk_tokens!r}")
+    for name, value in (("chunk_tokens", chunk_tokens), ("memory_budget", memory_budget)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
     flat = LinearTokenStatsFunction.apply(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1),
-        ignore_index, float(temperature), softcap, chunk_tokens,
+        ignore_index, float(temperature), softcap, chunk_tokens, memory_budget, torch.is_grad_enabled(),
     )  # fmt: skip
     return TokenStats(*(stat.reshape(labels.shape) for stat in flat))
 
@@ -147,8 +159,8 @@ def neg_log_dispersion(chosen_entropy, rejected_entropy, num_outcomes, *, scale=
     """The paper's estimate of -log phi(x) from the reference model's entropies.
 
     a = -scale * log(Hbar), Hbar = (chosen_entropy + rejected_entropy) / (2 log num_outcomes), clamped to
-    [ENTROPY_CLAMP, 1 - ENTROPY_CLAMP]. MallowsPO, arXiv 2405.14953, section on the dispersion index, in the form of the
-    authors' code.
+    [ENTROPY_CLAMP, 1 - ENTROPY_CLAMP]. MallowsPO, arXiv 2405.14953, section on the dispersion index, in the form of
+    the authors' code.
 
     Args:
         chosen_entropy, rejected_entropy: [B], mean entropy in nats over the completion tokens of each response (for a
@@ -157,7 +169,7 @@ def neg_log_dispersion(chosen_entropy, rejected_entropy, num_outcomes, *, scale=
         scale: the paper's phi_star, > 0.
 
     Returns:
-        [B], the dtype of the entropies, > 0: large where the reference is sure, small where it is not.
+        [B], float32 (float64 for float64 entropies), > 0: large where the reference is sure, small where it is not.
 
     Raises:
         TypeError, ValueError: as :func:`token_stats`; num_outcomes below 2; scale not positive.
@@ -165,24 +177,28 @@ def neg_log_dispersion(chosen_entropy, rejected_entropy, num_outcomes, *, scale=
     _check_tensor("chosen_entropy", chosen_entropy, DTYPES)
     _check_tensor("rejected_entropy", rejected_entropy, DTYPES)
     _check_alike(chosen_entropy=chosen_entropy, rejected_entropy=rejected_entropy)
-    if num_outcomes < 2:
+    if not num_outcomes >= 2:
         raise ValueError(f"num_outcomes must be at least 2, got {num_outcomes}")
     _check_positive("scale", scale)
-    share = (chosen_entropy + rejected_entropy) / (2 * math.log(num_outcomes))
+    # Half precision cannot hold the upper clamp: 1 - 1e-6 would round to 1 and the dispersion to 0.
+    dtype = accumulator_dtype(chosen_entropy.dtype)
+    share = (chosen_entropy.to(dtype) + rejected_entropy.to(dtype)) / (2 * math.log(num_outcomes))
     return -scale * torch.log(share.clamp(ENTROPY_CLAMP, 1 - ENTROPY_CLAMP))
 
 
 def mallows_log_prob(margin, neg_log_dispersion, *, smoothing=1.0):
-    """log g(z; a): the Mallows model's log-probability, under Kendall's distance, that the first of two responses wins.
+    """log g(z; a): the Mallows model's log-probability, under Kendall's distance, that the first response wins.
 
-    g(z) = (1 - sgn z) / 2 + sgn(z) [(|z| + 1) / (1 - phi^(|z| + 1)) - |z| / (1 - phi^|z|)], phi = e^-a (Mallows 1957, as
-    used by arXiv 2405.14953). It jumps at 0 and is meant for |z| >= 1, so on |z| < smoothing it is replaced by the odd
-    cubic about 1/2 that meets it in value and slope at the ends. The cubic is this library's choice, not the paper's.
+    g(z) = (1 - sgn z) / 2 + sgn(z) [(|z| + 1) / (1 - phi^(|z| + 1)) - |z| / (1 - phi^|z|)], phi = e^-a (Mallows 1957,
+    as used by arXiv 2405.14953). It jumps at 0 and is meant for |z| >= 1, so on |z| < smoothing it is replaced by the
+    odd cubic about 1/2 that meets it in value and slope at the ends. The cubic is this library's choice, not the
+    paper's.
 
     Args:
         margin: z, any shape; a tensor or a number, at least one of the two arguments a tensor.
         neg_log_dispersion: a >= 0, broadcast against margin. a = 0 gives log 1/2 everywhere.
-        smoothing: half-width of the cubic; 0 for the raw function, which at z = 0 is log 1/2 with the slope of its sides.
+        smoothing: half-width of the cubic; 0 for the raw function, which at z = 0 is log 1/2 with the slope of its
+            sides.
 
     Returns:
         The broadcast shape, float32 (float64 for float64), finite for finite arguments, differentiable in both.
@@ -229,12 +245,13 @@ def preference_loss(
     - ``bradley-terry``: log sigmoid(z) (DPO, arXiv 2305.18290);
     - ``ipo``: -(z - 1/2)^2, which is beta^2 times (h - 1/(2 beta))^2 (arXiv 2310.12036);
     - ``hinge``: -max(0, 1 - z);
-    - ``mallows-theta``, ``mallows-ipo``, ``mallows-hinge``: the same of 2 a z, a the neg-log dispersion (arXiv 2405.14953);
+    - ``mallows-theta``, ``mallows-ipo``, ``mallows-hinge``: the same of 2 a z, a the neg-log dispersion (arXiv
+      2405.14953);
     - ``mallows-phi``: log g(z; a), see :func:`mallows_log_prob`.
 
     Args:
-        chosen_logps, rejected_logps: [B] (any one shape), log-probabilities of the two responses, summed or averaged over
-            tokens by the caller; float32, float64, bfloat16 or float16.
+        chosen_logps, rejected_logps: [B] (any one shape), log-probabilities of the two responses, summed or averaged
+            over tokens by the caller; float32, float64, bfloat16 or float16.
         ref_chosen_logps, ref_rejected_logps: the same under the reference model, or both None.
         neg_log_dispersion: a >= 0, [B]; for the mallows links and only for them.
         beta: > 0, scale of the margin. gamma: target margin subtracted from it.
@@ -243,8 +260,8 @@ def preference_loss(
         smoothing: see :func:`mallows_log_prob`; read by ``mallows-phi`` alone.
 
     Returns:
-        PreferenceLoss(losses, chosen_rewards, rejected_rewards), all [B], float32 (float64 for float64). The losses are
-        differentiable in all five tensors; the rewards, beta times the log-ratio, are detached.
+        PreferenceLoss(losses, chosen_rewards, rejected_rewards), all [B], float32 (float64 for float64). The losses
+        are differentiable in all five tensors; the rewards, beta times the log-ratio, are detached.
 
     Raises:
         TypeError: dtypes that disagree. ValueError: shapes or devices that disagree, an unknown link, one reference
@@ -285,7 +302,7 @@ def check_link(name):
 def check_objective_numbers(beta, gamma, label_smoothing, smoothing):
     """ValueError for a number that no preference objective can have."""
     _check_positive("beta", beta)
-    if not math.isfinite(gamma):
+    if not -math.inf < gamma < math.inf:
         raise ValueError(f"gamma must be finite, got {gamma}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
@@ -293,12 +310,12 @@ def check_objective_numbers(beta, gamma, label_smoothing, smoothing):
 
 
 def _check_smoothing(smoothing):
-    if not (math.isfinite(smoothing) and smoothing >= 0):
+    if not 0 <= smoothing < math.inf:
         raise ValueError(f"smoothing must be finite and >= 0 (0: the raw function), got {smoothing}")
 
 
 def _check_positive(name, value):
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be finite and positive, got {value}")
 
 
@@ -327,7 +344,8 @@ def _check_same_dtype(**tensors):
 
 
 def _check_alike(**tensors):
-    if len({tensor.shape for tensor in tensors.values()}) > 1:
+    first, *others = (tensor.shape for tensor in tensors.values())
+    if any(shape != first for shape in others):  # a set would need their hashes and fix torch.compile's symbolic sizes
         raise ValueError("shapes must agree: " + ", ".join(f"{n} is {list(t.shape)}" for n, t in tensors.items()))
     _check_same_dtype(**tensors)
     _check_same_device(**tensors)

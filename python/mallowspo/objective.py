@@ -20,7 +20,8 @@ class PreferenceObjective:
         beta: scale of the log-ratio margin, > 0.
         gamma: target margin, subtracted after beta (SimPO's gamma, beta times its gamma_beta_ratio).
         token_weights: "uniform" sums a response's token log-ratios, "mean" divides them by their number |y|.
-        reference_free: leave the reference model out of the margin. (A mallows link still takes the dispersion from it.)
+        reference_free: leave the reference model out of the margin. (A mallows link still takes the dispersion
+            from it.)
         label_smoothing: assumed share of flipped labels, in [0, 1/2): conservative DPO.
         robust: make the label smoothing robust DPO's unbiased one.
         smoothing: half-width of the smoothed part of the mallows-phi link, in units of the margin.
@@ -99,7 +100,7 @@ class PreferenceObjective:
         return loss
 
 
-# beta and gamma of the SimPO family: its authors' Llama-3-Base setting; IPO on length-normalised log-ratios as TRL has it.
+# beta and gamma of the SimPO family: its authors' Llama-3-Base setting. IPO is length-normalised, as TRL's.
 _SIMPO = {"beta": 2.0, "gamma": 1.0, "token_weights": "mean", "reference_free": True}
 _PRESETS = {
     "dpo": {"link": "bradley-terry"},

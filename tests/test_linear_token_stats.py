@@ -1,0 +1,282 @@
+"""linear_token_stats: the numbers and gradients of token_stats on the logits of a head, without holding those."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from mallowspo import functional as F
+from mallowspo import linear, reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+N, D, V = 13, 6, 41
+CHUNKS = pytest.mark.parametrize("chunk_tokens", [1, 5, N, 100, None])
+OPTIONS = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "softcap": {"softcap": 3.0},
+    "softcap and temperature": {"softcap": 30, "temperature": 2},
+}
+
+
+def head_inputs(dtype, with_bias=True, rows=N, seed=0):
+    """hidden, weight, bias that need gradients, labels of which two are ignored, gradients of both results."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    hidden, weight, bias = randn(rows, D), randn(V, D), randn(V) if with_bias else None
+    leaves = [None if x is None else x.to(dtype).requires_grad_() for x in (hidden, weight, bias)]
+    labels = torch.randint(V, (rows,), generator=generator)
+    labels[1::7] = -100
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    return (*leaves, labels, tuple(randn(2, rows).to(accumulator)))
+
+
+def materialised(hidden, weight, labels, *, bias=None, softcap=None, **options):
+    """The definition, in eager PyTorch on whole logits."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return reference.torch_token_stats(logits, labels, **options)
+
+
+def with_gradients(function, hidden, weight, bias, labels, grads, **options):
+    """[logps, entropy, gradients of hidden, weight and, where there is one, bias]."""
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    results = function(*leaves[:2], labels, bias=leaves[2] if bias is not None else None, **options)
+    gradients = torch.autograd.grad(results, leaves, [g.to(results[0].dtype) for g in grads])
+    return [*(x.detach() for x in results), *gradients]
+
+
+def widened(*tensors):
+    return [None if x is None else x.double() for x in tensors]
+
+
+@CHUNKS
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_equals_whole_logits_in_float64(chunk_tokens, options, with_bias):
+    inputs = head_inputs(torch.float64, with_bias)
+    ours = with_gradients(F.linear_token_stats, *inputs, chunk_tokens=chunk_tokens, **options)
+    for actual, expected in zip(ours, with_gradients(materialised, *inputs, **options), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
+
+
+@CHUNKS
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_as_accurate_as_whole_logits(dtype, chunk_tokens, options):
+    """Against the same in float64: an error of at most that of whole logits in this dtype, plus the roundings of the
+    terms that a logit is the sum of (half precision multiplies in float32 and rounds once)."""
+    inputs = head_inputs(dtype)
+    ours = with_gradients(F.linear_token_stats, *inputs, chunk_tokens=chunk_tokens, **options)
+    peers = with_gradients(materialised, *inputs, **options)
+    exact = with_gradients(materialised, *widened(*inputs[:3]), *inputs[3:], **options)
+    hidden, weight, bias = (x.detach().abs() for x in inputs[:3])
+    terms = (hidden @ weight.T + bias).max().item() / options.get("temperature", 1)
+    rounding = torch.finfo(dtype).eps / 2 * terms * (D + 1 if dtype == torch.float32 else 1)
+    for i, (actual, peer, right) in enumerate(zip(ours, peers, exact, strict=True)):
+        assert actual.dtype == peer.dtype
+        unit = rounding if i < 2 else rounding * right.abs().max()
+        assert (actual - right).abs().max() <= (peer - right).abs().max() + unit
+
+
+def test_weight_gradients_add_up_in_float32():
+    """One token a chunk and many tokens: sums kept in the weight's own dtype would stop growing."""
+    rows = 512
+    inputs = torch.ones(rows, 2).bfloat16(), torch.zeros(4, 2).bfloat16(), torch.zeros(4).bfloat16()
+    grads = torch.ones(rows), torch.zeros(rows)
+    *_, on_weight, on_bias = with_gradients(
+        F.linear_token_stats, *inputs, torch.zeros(rows, dtype=torch.long), grads, chunk_tokens=1
+    )
+    expected = torch.tensor([3, -1, -1, -1], dtype=torch.bfloat16) * rows / 4
+    assert torch.equal(on_weight, expected.unsqueeze(-1).expand(4, 2)) and torch.equal(on_bias, expected)
+
+
+def test_one_chunk_of_float32_is_token_stats_to_the_bit():
+    hidden, weight, bias, labels, _ = head_inputs(torch.float32)
+    expected = F.token_stats(torch.nn.functional.linear(hidden, weight, bias), labels)
+    for actual, right in zip(F.linear_token_stats(hidden, weight, labels, bias=bias), expected, strict=True):
+        assert torch.equal(actual, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_no_tokens(dtype, with_bias):
+    inputs = head_inputs(dtype, with_bias, rows=0)
+    logps, entropy, *gradients = with_gradients(F.linear_token_stats, *inputs)
+    assert logps.shape == entropy.shape == (0,)
+    assert logps.dtype == entropy.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for gradient, leaf in zip(gradients, (x for x in inputs[:3] if x is not None), strict=True):
+        assert gradient.shape == leaf.shape and gradient.dtype == dtype and not gradient.any()
+
+
+def test_leading_dimensions_and_strides():
+    hidden, weight, _, labels, grads = head_inputs(torch.float64, rows=12)
+    expected = with_gradients(F.linear_token_stats, hidden, weight, None, labels, grads)
+
+    def folded(hidden, weight, labels, bias):
+        hidden = hidden.reshape(3, 4, D).transpose(0, 1)
+        weight = weight.T.contiguous().T
+        stats = F.linear_token_stats(hidden, weight, labels.reshape(3, 4).T, bias=bias, chunk_tokens=5)
+        assert stats.logps.shape == stats.entropy.shape == (4, 3)
+        return [x.T.reshape(12) for x in stats]
+
+    for actual, right in zip(with_gradients(folded, hidden, weight, None, labels, grads), expected, strict=True):
+        torch.testing.assert_close(actual, right, rtol=1e-13, atol=1e-13)
+
+
+def test_one_token_without_leading_dimensions():
+    hidden, weight, _, labels, _ = head_inputs(torch.float64)
+    one, all_of_them = F.linear_token_stats(hidden[0], weight, labels[0]), F.linear_token_stats(hidden, weight, labels)
+    assert one.logps.shape == () and one.entropy.item() == pytest.approx(all_of_them.entropy[0].item(), rel=1e-13)
+
+
+def test_each_output_alone():
+    hidden, weight, bias, labels, (on_logps, on_entropy) = head_inputs(torch.float64)
+    stats = F.linear_token_stats(hidden, weight, labels, bias=bias, chunk_tokens=4)
+    whole = materialised(hidden, weight, labels, bias=bias)
+    for i, grad in enumerate((on_logps, on_entropy)):
+        actual = torch.autograd.grad(stats[i], (hidden, weight, bias), grad, retain_graph=True)
+        expected = torch.autograd.grad(whole[i], (hidden, weight, bias), grad, retain_graph=True)
+        torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_gradcheck(options):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (5, 3), (7, 3), (7,)
+    leaves = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    labels = torch.tensor([0, 6, -100, 3, 3])
+
+    def function(hidden, weight, bias):
+        return F.linear_token_stats(hidden, weight, labels, bias=bias, chunk_tokens=2, **options)
+
+    torch.autograd.gradcheck(function, leaves)
+
+
+# --- what is computed and held ---------------------------------------------------------------------------------------
+
+
+def products(run):
+    """Matrix products of [N, D] with [D, V], or of that size, that `run` makes."""
+    in_place = {torch.ops.aten.addmm_: lambda total, left, right, **_: 2 * left[0] * left[1] * right[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        run()
+    return counter.get_total_flops() / (2 * N * D * V)
+
+
+@pytest.mark.parametrize(
+    ("trained", "budget", "forward", "backward"),
+    [
+        ([], None, 1, None),
+        (["hidden"], None, 2, 0),
+        (["hidden"], 4 * N * 7, 2, 0),
+        (["hidden", "weight", "bias"], None, 1, 2),
+        (["hidden", "weight", "bias"], 4 * N * 7, 1, 3),
+        (["weight"], None, 1, 1),
+        (["bias"], 4 * N * 7, 1, 1),
+    ],
+)
+def test_products_and_gradients(trained, budget, forward, backward):
+    """What is not asked for is not computed: the counts that linear.py's docstring states."""
+    hidden, weight, bias, labels, (grad, _) = head_inputs(torch.float32)
+    leaves = {"hidden": hidden, "weight": weight, "bias": bias}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name in trained)
+    options = {} if budget is None else {"memory_budget": budget}
+    results = []
+    run = lambda: results.append(F.linear_token_stats(hidden, weight, labels, bias=bias, **options))  # noqa: E731
+    assert products(run) == forward
+    if backward is not None:
+        assert products(lambda: results[0].logps.backward(grad)) == backward
+    for name, leaf in leaves.items():
+        assert (leaf.grad is not None) == (name in trained)
+
+
+def test_no_gradient_is_prepared_without_grad_mode():
+    hidden, weight, _, labels, _ = head_inputs(torch.float32)
+    weight.requires_grad_(False)
+    with torch.no_grad():
+        assert products(lambda: F.linear_token_stats(hidden, weight, labels)) == 1
+
+
+@pytest.mark.parametrize("trained", [["hidden"], ["hidden", "weight"]])
+def test_a_second_backward_gives_the_same(trained):
+    hidden, weight, _, labels, grads = head_inputs(torch.float32)
+    leaves = {"hidden": hidden, "weight": weight}
+    stats = F.linear_token_stats(hidden, weight.requires_grad_("weight" in trained), labels)
+    first, again = (
+        torch.autograd.grad(stats, [leaves[name] for name in trained], grads, retain_graph=True) for _ in range(2)
+    )
+    for a, b in zip(first, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+class LargestRows(TorchDispatchMode):
+    """The most bytes of any tensor of `rows` rows, other than [rows, D], that an operator makes or views."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows, self.bytes = rows, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if torch.is_tensor(x) and x.dim() == 2 and x.shape[0] == self.rows and x.shape[1] != D:
+                self.bytes = max(self.bytes, x.numel() * x.element_size())
+        return result
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("columns", [1, 3, 10])
+def test_never_holds_more_logits_than_the_budget(softcap, columns, monkeypatch):
+    monkeypatch.setattr(linear, "MIN_TILE_COLUMNS", 1)  # all tokens in one chunk
+    hidden, weight, _, labels, grads = head_inputs(torch.float32)
+    budget = 4 * N * columns * (4 if softcap else 1)  # capped logits, slope and product stand beside the product
+    with LargestRows(N) as largest:
+        stats = F.linear_token_stats(hidden, weight, labels, softcap=softcap, memory_budget=budget)
+        torch.autograd.backward(stats, grads)
+    assert largest.bytes == 4 * N * columns
+
+
+# --- autocast --------------------------------------------------------------------------------------------------------
+
+
+def test_autocast_casts_as_linear_does():
+    hidden, weight, bias, labels, grads = head_inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = with_gradients(F.linear_token_stats, hidden, weight, bias, labels, grads, chunk_tokens=4)
+        assert torch.nn.functional.linear(hidden, weight).dtype == torch.bfloat16
+
+    def cast_by_hand(hidden, weight, labels, bias):
+        hidden, weight, bias = (x.bfloat16() for x in (hidden, weight, bias))
+        return F.linear_token_stats(hidden, weight, labels, bias=bias, chunk_tokens=4)
+
+    expected = with_gradients(cast_by_hand, hidden, weight, bias, labels, grads)
+    for actual, right in zip(ours, expected, strict=True):
+        assert actual.dtype == right.dtype == torch.float32 and torch.equal(actual, right)
+
+
+def test_autocast_leaves_float64():
+    hidden, weight, bias, labels, _ = head_inputs(torch.float64)
+    expected = F.linear_token_stats(hidden, weight, labels, bias=bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        stats = F.linear_token_stats(hidden, weight, labels, bias=bias)
+    assert all(torch.equal(actual, right) for actual, right in zip(stats, expected, strict=True))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_backward_under_autocast_sees_the_logits_of_the_forward(softcap):
+    hidden, weight, bias, labels, grads = head_inputs(torch.float32)
+    leaves = hidden, weight, bias
+    expected, actual = (
+        F.linear_token_stats(hidden, weight, labels, bias=bias, softcap=softcap, chunk_tokens=4) for _ in range(2)
+    )
+    expected = torch.autograd.grad(expected, leaves, grads)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(actual, leaves, grads)
+    assert all(torch.equal(one, two) for one, two in zip(actual, expected, strict=True))
