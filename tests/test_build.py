@@ -115,6 +115,9 @@ def test_cuda_kernels_compile_link_and_register(tmp_path):
     """One library with CPU and CUDA inside, built against whatever torch is here, loads and lists its CUDA kernels."""
     result = configure(tmp_path, MALLOWSPO_CUDA="1")
     assert result.returncode == 0 and "CUDA kernels: yes: nvcc" in result.stdout, result.stderr
+    commands = (tmp_path / "compile_commands.json").read_text()
+    for target in ("code=[sm_80]", "code=[compute_90,sm_90]"):  # compute_90 is PTX, for devices yet to come
+        assert commands.count(target) == len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
     result = run(["cmake", "--build", str(tmp_path)])
     assert result.returncode == 0, result.stdout
     code = (

@@ -1,0 +1,204 @@
+// Runs every CUDA kernel on the host (cuda_on_host.h) and compares it with the CPU's, case by case. The sources of the
+// kernels are those of the extension. Exit code 0 and "ok: N comparisons" where all agree.
+#include <algorithm>
+#include <cstdio>
+#include <functional>
+#include <limits>
+#include <random>
+#include <string>
+
+#include "../../csrc/cpu/row_kernels.h"
+#include "cuda_on_host.h"
+
+using namespace mallowspo;
+
+namespace {
+
+int compared = 0, failures = 0;
+std::mt19937 generator(0);
+
+template <class T>
+double number(T x) {
+  return static_cast<double>(x);
+}
+double number(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+T stored(double x) {
+  return static_cast<T>(x);
+}
+template <>
+__nv_bfloat16 stored(double x) {
+  return __float2bfloat16_rn(static_cast<float>(x));
+}
+
+// Equal to rounding: the two sum in different orders. NaN agrees with NaN, an infinity with itself.
+template <class T>
+void compare(const std::string& what, const std::vector<T>& found, const std::vector<T>& expected, double tolerance) {
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double a = number(found[i]), b = number(expected[i]);
+    ++compared;
+    if ((a != a && b != b) || a == b || std::fabs(a - b) <= tolerance * (1 + std::fabs(b))) continue;
+    if (++failures < 20) std::printf("%s[%zu]: CUDA %.9g, CPU %.9g\n", what.c_str(), i, a, b);
+  }
+}
+
+RowLayout layout(int64_t rows, int64_t stride) {
+  RowLayout out{};
+  out.dims = 1;
+  out.sizes[0] = rows;
+  out.strides[0] = stride;
+  return out;
+}
+
+// All of token_stats for one dtype and shape: forward, backward, and the same in place over tiles of the vocabulary.
+template <class T, class A>
+void token_stats_case(const std::string& name, DType dtype, int64_t rows, int64_t vocab, int64_t stride, double tolerance,
+                      double temperature) {
+  std::normal_distribution<double> normal;
+  std::vector<T> logits(rows * stride);
+  for (T& x : logits) x = stored<T>(3 * normal(generator));
+  if (rows > 3 && vocab > 2) {  // a masked logit, a NaN, a row of -inf; further below an ignored row
+    logits[1] = stored<T>(-std::numeric_limits<double>::infinity());
+    logits[stride] = stored<T>(std::numeric_limits<double>::quiet_NaN());
+    for (int64_t v = 0; v < vocab; ++v) logits[2 * stride + v] = stored<T>(-std::numeric_limits<double>::infinity());
+  }
+  std::vector<int64_t> labels(rows);
+  for (int64_t& label : labels) label = static_cast<int64_t>(generator() % vocab);
+  labels[rows - 1] = -100;
+
+  struct Outputs {
+    std::vector<A> logps, entropy, row_max, log_sum;
+    explicit Outputs(int64_t n) : logps(n), entropy(n), row_max(n), log_sum(n) {}
+  };
+  TokenStatsArgs base{};
+  base.dtype = dtype;
+  base.rows = rows;
+  base.vocab = base.entries = vocab;
+  base.ignore_index = -100;
+  base.inverse_temperature = 1 / temperature;
+  base.layout = layout(rows, stride);
+  base.logits = logits.data();
+  base.labels = labels.data();
+  const auto with = [](TokenStatsArgs args, Outputs& out) {
+    args.logps = out.logps.data();
+    args.entropy = out.entropy.data();
+    args.row_max = out.row_max.data();
+    args.log_sum = out.log_sum.data();
+    return args;
+  };
+  Outputs gpu(rows), host(rows);
+  cuda::token_stats(with(base, gpu));
+  cpu::baseline::token_stats_rows(with(base, host), 0, rows);
+  compare(name + " logps", gpu.logps, host.logps, tolerance);
+  compare(name + " entropy", gpu.entropy, host.entropy, tolerance);
+  compare(name + " row_max", gpu.row_max, host.row_max, tolerance);
+  compare(name + " log_sum", gpu.log_sum, host.log_sum, tolerance);
+
+  std::vector<A> grad_logps(rows), grad_entropy(rows);
+  for (int64_t r = 0; r < rows; ++r) grad_logps[r] = normal(generator), grad_entropy[r] = normal(generator);
+  for (int which = 1; which < 4; ++which) {  // logps alone, entropy alone, both
+    std::vector<T> found(rows * vocab), expected(rows * vocab);
+    TokenStatsBackwardArgs args{};
+    args.forward = with(base, host);
+    args.grad_logps = which & 1 ? grad_logps.data() : nullptr;
+    args.grad_entropy = which & 2 ? grad_entropy.data() : nullptr;
+    args.grad_layout = layout(rows, vocab);
+    args.grad_logits = found.data();
+    cuda::token_stats_backward(args);
+    args.grad_logits = expected.data();
+    cpu::baseline::token_stats_backward_rows(args, 0, rows);
+    compare(name + " grad", found, expected, std::max(tolerance, sizeof(T) == 2 ? 0.01 : 0.0));
+  }
+
+  std::vector<A> gpu_state(4 * rows), host_state(4 * rows);
+  for (int64_t r = 0; r < rows; ++r) gpu_state[r] = host_state[r] = std::numeric_limits<A>::lowest();
+  std::vector<T> gpu_grad = logits, host_grad = logits;
+  for (int pass = 0; pass < 2; ++pass)  // all tiles forward, then all tiles backward in place
+    for (int64_t first = 0, width = (vocab + 2) / 3; first < vocab; first += width) {
+      TokenStatsArgs tile = base;
+      tile.first_entry = first;
+      tile.vocab = std::min(width, vocab - first);
+      const auto run = [&](std::vector<A>& state, std::vector<T>& grad, auto forward, auto backward) {
+        tile.logits = (pass ? grad.data() : logits.data()) + first;
+        A* s = state.data();
+        if (pass == 0) return forward(TokenStatsTileArgs{tile, s, s + rows, s + 2 * rows, s + 3 * rows});
+        tile.row_max = s, tile.log_sum = s + rows, tile.entropy = s + 2 * rows;
+        backward(TokenStatsBackwardArgs{tile, grad_logps.data(), grad_entropy.data(), grad.data() + first, base.layout});
+      };
+      run(gpu_state, gpu_grad, cuda::token_stats_tile, cuda::token_stats_backward);
+      run(host_state, host_grad,
+          [&](const TokenStatsTileArgs& a) { cpu::baseline::token_stats_tile_rows(a, 0, rows); },
+          [&](const TokenStatsBackwardArgs& a) { cpu::baseline::token_stats_backward_rows(a, 0, rows); });
+    }
+  compare(name + " tiles", gpu_state, host_state, tolerance);
+  compare(name + " tiles grad", gpu_grad, host_grad, std::max(tolerance, sizeof(T) == 2 ? 0.01 : 0.0));
+  const std::vector<A> whole_logps(host_state.begin() + 3 * rows, host_state.end());
+  compare(name + " tiles against whole", whole_logps, host.logps, tolerance);
+}
+
+template <class T>
+void pair_case(DType dtype, int64_t count) {
+  std::normal_distribution<double> normal(0, 20);
+  std::vector<std::vector<T>> inputs(6, std::vector<T>(count));
+  for (int i = 0; i < 6; ++i)
+    for (T& x : inputs[i]) x = static_cast<T>(i == 4 ? std::exp(normal(generator) / 10) : normal(generator));
+  for (int64_t link = 0; link < link_count; ++link)
+    for (const double smoothing : {0.0, 1.0})
+      for (const bool robust : {false, true}) {
+        const auto run = [&](auto operation, bool backward) {
+          std::vector<T> out(3 * count);
+          PairArgs args{};
+          args.dtype = dtype;
+          args.pairs = count;
+          args.objective = {static_cast<Link>(link), 0.1, 0.2, 0.1, smoothing, robust};
+          args.chosen = inputs[0].data(), args.rejected = inputs[1].data();
+          if (robust) args.ref_chosen = inputs[2].data(), args.ref_rejected = inputs[3].data();
+          args.dispersion = inputs[4].data();
+          T* o = out.data();
+          args.losses = o, args.chosen_rewards = o + count, args.rejected_rewards = o + 2 * count;
+          if (backward) args.grad_losses = inputs[5].data(), args.grad_margin = o, args.grad_dispersion = o + count;
+          operation(args);
+          return out;
+        };
+        const std::string name = "link " + std::to_string(link);
+        compare(name, run(cuda::preference_loss, false), run(cpu::preference_loss, false), 1e-12);
+        compare(name + " grad", run(cuda::preference_loss_backward, true), run(cpu::preference_loss_backward, true), 1e-12);
+      }
+  for (const bool backward : {false, true}) {
+    const auto run = [&](auto operation) {
+      std::vector<T> out(2 * count);
+      MallowsArgs args{dtype, count, 1.0, inputs[0].data(), inputs[4].data(), out.data(), nullptr, nullptr, nullptr};
+      if (backward) args.grad_log_probs = inputs[5].data(), args.grad_margin = out.data(), args.grad_dispersion = out.data() + count;
+      operation(args);
+      return out;
+    };
+    compare("mallows", run(cuda::mallows_log_prob), run(cpu::mallows_log_prob), 1e-12);
+  }
+}
+
+}  // namespace
+
+// With the argument "barriers" only what crosses threads within a block, because ThreadSanitizer is slow.
+int main(int count, char** arguments) {
+  const bool barriers = count > 1 && std::string(arguments[1]) == "barriers";
+  struct Shape {
+    int64_t rows, vocab, stride;
+  };
+  const std::vector<Shape> shapes =
+      barriers ? std::vector<Shape>{{5, 300, 300}} : std::vector<Shape>{{1, 1, 1}, {5, 7, 7}, {7, 255, 300}, {4, 1500, 1500}};
+  for (const Shape s : shapes) {
+    const std::string name = std::to_string(s.rows) + "x" + std::to_string(s.vocab);
+    token_stats_case<float, float>(name + " f32", DType::f32, s.rows, s.vocab, s.stride, 2e-6, 1);
+    if (barriers) continue;
+    token_stats_case<double, double>(name + " f64", DType::f64, s.rows, s.vocab, s.stride, 1e-13, 0.7);
+    token_stats_case<__nv_bfloat16, float>(name + " bf16", DType::bf16, s.rows, s.vocab, s.stride, 2e-6, 1);
+    token_stats_case<__half, float>(name + " f16", DType::f16, s.rows, s.vocab, s.stride, 2e-6, 1.3);
+  }
+  for (const int64_t pairs : barriers ? std::vector<int64_t>{} : std::vector<int64_t>{1, 500}) {
+    pair_case<float>(DType::f32, pairs);
+    pair_case<double>(DType::f64, pairs);
+  }
+  std::printf("%s: %d comparisons, %d failures\n", failures ? "FAILED" : "ok", compared, failures);
+  return failures != 0;
+}
