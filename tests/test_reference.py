@@ -1,21 +1,20 @@
-"""The oracle against mpmath, closed forms, finite differences, autograd and the formulas of other implementations."""
+"""The pure Python oracle against mpmath, closed forms and finite differences."""
 
-import itertools
 import math
-import random
 
 import pytest
 import strategies
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from mallows_truth import exact_g, exact_log_losing, exact_smoothed_g
 from mpmath import mp
 
 from mallowspo import reference
 
-few = settings(max_examples=40, deadline=None)
-many = settings(max_examples=200, deadline=None)
-smoothings = st.sampled_from([0.0, 0.25, 1.0, 2.0])
+few = settings(max_examples=40)
+many = settings(max_examples=200)
+moderate = strategies.pairs(strategies.dispersions(1e-2, 10.0))
 
 
 def assert_close(actual, expected, rel=1e-13, tiny=1e-300):
@@ -26,40 +25,7 @@ def central_difference(f, x, h):
     return (f(x + h) - f(x - h)) / (2 * h)
 
 
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
-
-
 # --- the Mallows link ------------------------------------------------------------------------------------------------
-
-
-def exact_g(z, a):
-    """The design's formula as it stands."""
-    phi, r = mp.exp(-a), abs(z)
-
-    def k(x):
-        return x / (1 - phi**x) if x else 1 / a
-
-    return (1 - mp.sign(z)) / 2 + mp.sign(z) * (k(r + 1) - k(r))
-
-
-def exact_smoothed_g(z, a, smoothing):
-    """exact_g, and inside the smoothed interval the odd cubic, found by solving its two conditions."""
-    if abs(z) >= smoothing:
-        return exact_g(z, a)
-    e = mp.mpf(smoothing)
-    ends = mp.matrix([exact_g(e, a) - mp.mpf(1) / 2, mp.diff(lambda x: exact_g(x, a), e)])
-    c1, c3 = mp.lu_solve(mp.matrix([[e, e**3], [1, 3 * e**2]]), ends)
-    return mp.mpf(1) / 2 + c1 * z + c3 * z**3
-
-
-def exact_log_losing(r, a):
-    """log (1 - g(r)) for r > 0 from the design's C(u) = u / (e^u - 1); mpmath's exponents do not overflow."""
-
-    def c(u):
-        return u / mp.expm1(u)
-
-    return mp.log((c(a * r) - c(a * (r + 1))) / a)
 
 
 def assert_link_matches(z, a, smoothing, log_g):
@@ -95,7 +61,7 @@ def test_smoothed_link_is_the_cubic(x, a, smoothing):
 
 
 @few
-@given(r=strategies.margins().map(abs), a=strategies.dispersions(), smoothing=smoothings)
+@given(r=strategies.margins().map(abs), a=strategies.dispersions(), smoothing=strategies.smoothings)
 @example(r=1e4, a=1e3, smoothing=1.0)
 @example(r=1e4, a=1e-6, smoothing=0.0)
 def test_link_in_both_tails(r, a, smoothing):
@@ -130,14 +96,14 @@ def test_one_rank_apart_gives_one_over_one_plus_phi(a):
 
 
 @many
-@given(z=strategies.margins(), a=strategies.dispersions(), smoothing=smoothings)
+@given(z=strategies.margins(), a=strategies.dispersions(), smoothing=strategies.smoothings)
 def test_both_sides_sum_to_one(z, a, smoothing):
     win, lose = (reference.mallows_log_prob(x, a, smoothing)[0] for x in (z, -z))
     assert math.exp(win) + math.exp(lose) == pytest.approx(1.0, rel=1e-14)
 
 
 @many
-@given(z=strategies.margins(100.0), smoothing=smoothings)
+@given(z=strategies.margins(100.0), smoothing=strategies.smoothings)
 def test_total_dispersion_gives_one_half(z, smoothing):
     value, d_z, d_a = reference.mallows_log_prob(z, 0.0, smoothing)
     assert (value, d_z) == (math.log(0.5), 0.0)
@@ -168,7 +134,7 @@ def test_smoothed_link_is_continuously_differentiable(a, smoothing):
 
 
 @many
-@given(z=st.floats(-3, 3), a=strategies.dispersions(1e-6, 20), smoothing=smoothings)
+@given(z=st.floats(-3, 3), a=strategies.dispersions(1e-6, 20), smoothing=strategies.smoothings)
 def test_link_increases(z, a, smoothing):
     value, d_z, _ = reference.mallows_log_prob(z, a, smoothing)
     assert d_z > 0
@@ -182,20 +148,9 @@ def test_nan_goes_through_the_link():
 
 # --- the loss of a pair ----------------------------------------------------------------------------------------------
 
-moderate = strategies.pairs(strategies.dispersions(1e-2, 10.0))
-options = st.fixed_dictionaries(
-    {
-        "beta": st.sampled_from([0.01, 0.1, 1.0]),
-        "gamma": st.sampled_from([0.0, 0.3]),
-        "label_smoothing": st.sampled_from([0.0, 0.1, 0.4]),
-        "robust": st.booleans(),
-        "smoothing": st.sampled_from([0.25, 1.0]),
-    }
-)
-
 
 @few
-@given(pair=strategies.pairs(), link=strategies.links, kwargs=options)
+@given(pair=strategies.pairs(), link=strategies.links, kwargs=strategies.loss_options)
 def test_loss_of_every_link_against_mpmath(pair, link, kwargs):
     with mp.workdps(150):
         *logps, a = (mp.mpf(x) for x in pair)
@@ -223,7 +178,7 @@ def test_loss_of_every_link_against_mpmath(pair, link, kwargs):
 
 
 @many
-@given(pair=moderate, link=strategies.links, kwargs=options)
+@given(pair=moderate, link=strategies.links, kwargs=strategies.loss_options)
 def test_loss_gradients_against_central_differences(pair, link, kwargs):
     z = kwargs["beta"] * ((pair[0] - pair[2]) - (pair[1] - pair[3])) - kwargs["gamma"]
     a, h = pair.neg_log_dispersion, 1e-5
@@ -290,85 +245,6 @@ def test_bad_links_are_refused():
             reference.preference_loss(0.0, 0.0, link=link)
         with pytest.raises(ValueError, match="needs neg_log_dispersion"):
             reference.torch_preference_loss(torch.zeros(1), torch.zeros(1), link=link)
-
-
-# --- formulas of other implementations, on random pairs --------------------------------------------------------------
-
-
-def random_pairs(count=50):
-    rng = random.Random(7)
-    for _ in range(count):
-        yield [rng.uniform(-60, -5) for _ in range(4)]
-
-
-@pytest.mark.parametrize("eps", [0.0, 0.1])
-def test_equals_original_dpo_and_conservative_dpo(eps):
-    beta = 0.1
-    for pc, pr, rc, rr in random_pairs():
-        logits = (pc - pr) - (rc - rr)
-        expected = -math.log(sigmoid(beta * logits)) * (1 - eps) - math.log(sigmoid(-beta * logits)) * eps
-        result = reference.preference_loss(pc, pr, rc, rr, link="bradley-terry", beta=beta, label_smoothing=eps)
-        assert result.loss == pytest.approx(expected, rel=1e-12)
-        assert result.chosen_reward == pytest.approx(beta * (pc - rc))
-        assert result.rejected_reward == pytest.approx(beta * (pr - rr))
-
-
-def test_equals_original_ipo_up_to_beta_squared():
-    for beta, (pc, pr, rc, rr) in itertools.product((0.1, 0.5), random_pairs()):
-        expected = ((pc - pr) - (rc - rr) - 1 / (2 * beta)) ** 2
-        assert reference.preference_loss(pc, pr, rc, rr, link="ipo", beta=beta).loss == pytest.approx(
-            beta**2 * expected, rel=1e-12
-        )
-
-
-def test_equals_trl_sigmoid_hinge_robust_and_length_normalised_ipo():
-    beta, eps, chosen_tokens, rejected_tokens = 0.2, 0.15, 7, 11
-    for pc, pr, rc, rr in random_pairs():
-        delta = (pc - rc) - (pr - rr)
-        clean, flipped = -math.log(sigmoid(beta * delta)), -math.log(sigmoid(-beta * delta))
-        ipo = ((pc - rc) / chosen_tokens - (pr - rr) / rejected_tokens - 1 / (2 * beta)) ** 2
-
-        def loss(*logps, **kwargs):
-            return reference.preference_loss(*logps, beta=beta, **kwargs).loss
-
-        logps = (pc, pr, rc, rr)
-        assert loss(*logps, link="bradley-terry") == pytest.approx(clean, rel=1e-12)
-        assert loss(*logps, link="hinge") == pytest.approx(max(0.0, 1 - beta * delta), rel=1e-12)
-        assert loss(*logps, link="bradley-terry", label_smoothing=eps, robust=True) == pytest.approx(
-            ((1 - eps) * clean - eps * flipped) / (1 - 2 * eps), rel=1e-12
-        )
-        means = (pc / chosen_tokens, pr / rejected_tokens, rc / chosen_tokens, rr / rejected_tokens)
-        assert loss(*means, link="ipo") == pytest.approx(beta**2 * ipo, rel=1e-12)
-
-
-def test_equals_simpo():
-    beta, gamma_beta_ratio, chosen_tokens, rejected_tokens = 2.5, 0.55, 9, 14
-    for pc, pr, _, _ in random_pairs():
-        average = pc / chosen_tokens, pr / rejected_tokens
-        expected = -math.log(sigmoid(beta * (average[0] - average[1] - gamma_beta_ratio)))
-        result = reference.preference_loss(*average, link="bradley-terry", beta=beta, gamma=beta * gamma_beta_ratio)
-        assert result.loss == pytest.approx(expected, rel=1e-12)
-
-
-def test_equals_the_mallowspo_authors_code():
-    """Their weight is -phi_star log(Hbar), without the theta link's 2: our scale is half their phi_star."""
-    phi_star, vocabulary, beta, eps, home_advantage = 0.29, 128_256, 0.1, 0.1, 0.4
-    rng = random.Random(3)
-    for pc, pr, rc, rr in random_pairs():
-        entropies = rng.uniform(0.05, 3), rng.uniform(0.05, 3)
-        w = -phi_star * math.log((entropies[0] / math.log(vocabulary) + entropies[1] / math.log(vocabulary)) / 2)
-        logits = (pc - pr) - (rc - rr) - home_advantage
-        mallows_dpo = -math.log(sigmoid(beta * w * logits)) * (1 - eps) - math.log(sigmoid(-beta * w * logits)) * eps
-        rainbow_ipo = (beta * w * logits - 0.5) ** 2
-        mallows_ipo = (w * logits - 1 / (2 * beta)) ** 2
-
-        a = reference.neg_log_dispersion(*entropies, vocabulary, scale=phi_star / 2)
-        shared = {"neg_log_dispersion": a, "beta": beta, "gamma": beta * home_advantage}
-        theta = reference.preference_loss(pc, pr, rc, rr, link="mallows-theta", label_smoothing=eps, **shared)
-        ipo = reference.preference_loss(pc, pr, rc, rr, link="mallows-ipo", **shared)
-        assert theta.loss == pytest.approx(mallows_dpo, rel=1e-11)
-        assert ipo.loss == pytest.approx(rainbow_ipo, rel=1e-11)
-        assert ipo.loss == pytest.approx(beta**2 * mallows_ipo, rel=1e-11)
 
 
 # --- token statistics and dispersion ---------------------------------------------------------------------------------
@@ -462,71 +338,3 @@ def test_neg_log_dispersion_value_and_clamp():
     assert reference.neg_log_dispersion(0.0, 0.0, 4) == pytest.approx(-math.log(1e-6))
     assert reference.neg_log_dispersion(math.log(4), math.log(4), 4) == pytest.approx(1e-6)
     assert math.isnan(reference.neg_log_dispersion(math.nan, 0.5, 4))
-
-
-# --- the PyTorch part against the pure Python part -------------------------------------------------------------------
-
-
-@few
-@given(logits=strategies.finite_logits(5, 9), temperature=st.sampled_from([0.7, 1.0]), seed=st.integers(0, 999))
-def test_torch_token_stats(logits, temperature, seed):
-    logits = logits.double().requires_grad_()
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(9, (5,), generator=generator)
-    labels[seed % 5] = -100
-    grad_logps, grad_entropy = torch.randn(2, 5, generator=generator, dtype=torch.float64)
-    logps, entropy = reference.torch_token_stats(logits, labels, temperature=temperature)
-    (gradient,) = torch.autograd.grad((logps, entropy), logits, (grad_logps, grad_entropy))
-    for i, (row, label) in enumerate(zip(logits.tolist(), labels.tolist(), strict=True)):
-        if label == -100:
-            assert logps[i] == entropy[i] == 0 and not gradient[i].any()
-            continue
-        expected = reference.token_stats(row, label, temperature)
-        assert (logps[i].item(), entropy[i].item()) == pytest.approx(expected[:2], rel=1e-12, abs=1e-12)
-        assert gradient[i].tolist() == pytest.approx(
-            reference.token_stats_grad(row, label, grad_logps[i].item(), grad_entropy[i].item(), temperature),
-            rel=1e-11,
-            abs=1e-12,
-        )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_torch_token_stats_dtypes(dtype):
-    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
-    logps, entropy = reference.torch_token_stats(logits, torch.tensor([[0, 1, 2], [3, 4, -1]]), ignore_index=-1)
-    assert logps.dtype == entropy.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert logps.shape == entropy.shape == (2, 3)
-    assert logps[0, 1].item() == pytest.approx(reference.token_stats(logits[0, 1].tolist(), 1).logp, rel=1e-6)
-
-
-@many
-@given(z=strategies.margins(1e3), a=strategies.dispersions(1e-2, 1e3), smoothing=smoothings)
-def test_torch_mallows_log_prob(z, a, smoothing):
-    assume(smoothing > 0 or abs(z) > 1e-3)
-    margin, dispersion = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (z, a))
-    value = reference.torch_mallows_log_prob(margin, dispersion, smoothing)
-    actual = [value.item(), *(x.item() for x in torch.autograd.grad(value, (margin, dispersion)))]
-    assert actual == pytest.approx(reference.mallows_log_prob(z, a, smoothing), rel=1e-6, abs=1e-9)
-
-
-@many
-@given(pair=moderate, link=strategies.links, kwargs=options)
-def test_torch_preference_loss(pair, link, kwargs):
-    kwargs = {"link": link, **kwargs}
-    expected = reference.preference_loss(*pair[:4], neg_log_dispersion=pair.neg_log_dispersion, **kwargs)
-    inputs = [torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in pair]
-    losses, *rewards = reference.torch_preference_loss(*inputs[:4], neg_log_dispersion=inputs[4], **kwargs)
-    assert losses.item() == pytest.approx(expected.loss, rel=1e-9, abs=1e-9)
-    assert [x.item() for x in rewards] == [expected.chosen_reward, expected.rejected_reward]
-    assert not any(x.requires_grad for x in rewards)
-    gradients = [x.item() for x in torch.autograd.grad(losses, inputs, allow_unused=True, materialize_grads=True)]
-    g = expected.grad_margin
-    assert gradients == pytest.approx([g, -g, -g, g, expected.grad_neg_log_dispersion], rel=1e-6, abs=1e-8)
-
-
-def test_torch_preference_loss_without_reference():
-    chosen, rejected = torch.tensor([-3.0, -1.0]), torch.tensor([-2.0, -4.0])
-    losses, chosen_rewards, _ = reference.torch_preference_loss(chosen, rejected, link="bradley-terry", beta=0.5)
-    expected = [reference.preference_loss(*x, link="bradley-terry", beta=0.5) for x in ((-3.0, -2.0), (-1.0, -4.0))]
-    assert losses.tolist() == pytest.approx([x.loss for x in expected], rel=1e-6)
-    assert chosen_rewards.tolist() == [x.chosen_reward for x in expected]
