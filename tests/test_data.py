@@ -1,141 +1,40 @@
-"""Tokenization and collation of preference data, against texts rendered by hand and loops over the definition."""
+"""Tokenization of preference data, against texts rendered by hand."""
 
 import logging
 import math
 import os
-from types import SimpleNamespace
 
 import datasets
 import pytest
-import torch
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from tiny_text import (
+    AB,
+    BOS,
+    BOS_ID,
+    CHOSEN,
+    EOS,
+    EOS_ID,
+    PROMPTS,
+    REJECTED,
+    TEMPLATES,
+    TOKENIZERS,
+    A,
+    B,
+    C,
+    assistant,
+    build,
+    chatml_text,
+    conversational,
+    letters,
+    pair,
+    raw_ids,
+    standard,
+    user,
+)
 
-from mallowspo.data import PAIR_COLUMNS, TOKEN_COLUMNS, PreferenceCollator, tokenize_pairs
-
-BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-SPECIALS = [BOS, EOS, PAD, "<unk>", "<|im_start|>", "<|im_end|>"]
-
-PROMPTS = ["The sky is", "Question: what is the sea?\n\nAnswer:", "Hello  there,"]
-CHOSEN = [" blue.", " The sea is deep and blue.", " my friend."]
-REJECTED = [" green and red.", " No idea.", " go away!\n"]
-TURNS = [
-    [{"role": "user", "content": "What color is the sky?"}],
-    [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hello there"},
-        {"role": "assistant", "content": "<think>a greeting</think>Hello my friend."},
-        {"role": "user", "content": "What color is the sea?"},
-    ],
-]
-
-
-def chatml_text(messages, generation=False):
-    text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
-    return text + "<|im_start|>assistant\n" * generation
-
-
-def bos_text(messages, generation=False):
-    return BOS + "".join(f"[{m['role']}] {m['content']}{EOS}" for m in messages) + "[assistant]" * generation
-
-
-def think_text(messages, generation=False):
-    """Drops the thoughts of earlier turns and opens one in the generation prompt."""
-    text = ""
-    for number, m in enumerate(messages):
-        content = m["content"] if number == len(messages) - 1 else m["content"].split("</think>")[-1]
-        text += f"<|im_start|>{m['role']}\n{content}<|im_end|>\n"
-    return text + "<|im_start|>assistant\n<think>" * generation
-
-
-TEMPLATES = {
-    "chatml": (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        chatml_text,
-    ),
-    "bos": (
-        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}",
-        bos_text,
-    ),
-    "think": (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}",
-        think_text,
-    ),
-}
-CORPUS = [*PROMPTS, *CHOSEN, *REJECTED, "What color is the sea and the sky? Hello there my friend."]
-
-
-def wrap(tokenizer, bos=BOS, eos=EOS, add_bos=False, add_eos=False, template=None):
-    if add_bos or add_eos:
-        pattern = f"{bos} $A" if add_bos else "$A"
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{pattern} {eos}" if add_eos else pattern,
-            special_tokens=[(name, tokenizer.token_to_id(name)) for name in {bos, eos}],
-        )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=PAD)
-    fast.chat_template = template
-    return fast
-
-
-def byte_bpe():
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=alphabet, special_tokens=SPECIALS, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
-
-
-def word_level():
-    split = Regex(r"\s*\w+|\s*[^\w\s]|\s+")  # a word keeps its leading whitespace, so joining the tokens loses nothing
-    pre_tokenizer = pre_tokenizers.Split(split, "isolated")
-    texts = [
-        *CORPUS,
-        bos_text(TURNS[0], True),
-        *(render(turns, True) for _, render in TEMPLATES.values() for turns in TURNS),
-    ]
-    words = [word for text in texts for word, _ in pre_tokenizer.pre_tokenize_str(text)]
-    words += ["[", "]", "assistant", " It", " is", " blue", "It", "\nIt", ".", "\n", " green", "think", "/", "<", ">"]
-    words += [" hm", "hm", "\n<"]
-    vocab = {word: number for number, word in enumerate(dict.fromkeys([*SPECIALS, *words]))}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(SPECIALS)
-    return tokenizer
-
-
-def letters(**options):
-    """One token a letter, except that "ab" is one token."""
-    vocab = {name: number for number, name in enumerate([*SPECIALS, "a", "b", "c", " ", "ab"])}
-    tokenizer = Tokenizer(models.BPE(vocab, [("a", "b")]))
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(SPECIALS)
-    return wrap(tokenizer, **options)
-
-
-A, B, C, AB = (letters().convert_tokens_to_ids(t) for t in ("a", "b", "c", "ab"))
-BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
-
-TOKENIZERS = {
-    "word": (word_level, {}),
-    "bpe": (byte_bpe, {}),
-    "bpe-bos": (byte_bpe, {"add_bos": True}),
-    "bpe-bos-eos": (byte_bpe, {"add_bos": True, "add_eos": True}),
-    "bpe-eos": (byte_bpe, {"add_eos": True}),
-    "bpe-shared": (byte_bpe, {"bos": EOS}),
-    "bpe-shared-bos": (byte_bpe, {"bos": EOS, "add_bos": True}),
-}
+from mallowspo.data import PAIR_COLUMNS, TOKEN_COLUMNS, tokenize_pairs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,44 +49,6 @@ def kind(request):
     return request.param
 
 
-def build(kind, template=None):
-    make, options = TOKENIZERS[kind]
-    return wrap(make(), template=template, **options), options
-
-
-def raw_ids(tokenizer, text):
-    """Token ids without special tokens, from the `tokenizers` library directly."""
-    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def standard(implicit=False):
-    if implicit:
-        chosen = [p + c for p, c in zip(PROMPTS, CHOSEN, strict=True)]
-        rejected = [p + r for p, r in zip(PROMPTS, REJECTED, strict=True)]
-        return Dataset.from_dict({"chosen": chosen, "rejected": rejected})
-    return Dataset.from_dict({"prompt": PROMPTS, "chosen": CHOSEN, "rejected": REJECTED})
-
-
-def conversational(implicit=False):
-    chosen = [{"role": "assistant", "content": "<think>hm</think>It is blue."}]
-    rejected = [{"role": "assistant", "content": "It is green."}]
-    if implicit:
-        return Dataset.from_list([{"chosen": t + chosen, "rejected": t + rejected} for t in TURNS])
-    return Dataset.from_list([{"prompt": t, "chosen": chosen, "rejected": rejected} for t in TURNS])
-
-
-def pair(prompt, chosen, rejected):
-    return Dataset.from_list([{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
-
-
 # Tokenization: whole sequences and the boundary
 
 
@@ -195,7 +56,8 @@ def assistant(content):
 def test_standard_text(kind, implicit):
     tokenizer, options = build(kind)
     rows = tokenize_pairs(standard(implicit), tokenizer)
-    assert rows.column_names == list(TOKEN_COLUMNS)
+    assert rows.column_names == [*TOKEN_COLUMNS, "row"]
+    assert rows["row"][:] == list(range(len(PROMPTS)))
     bos = [tokenizer.bos_token_id] * bool(options.get("add_bos"))
     for row, prompt, chosen, rejected in zip(rows, PROMPTS, CHOSEN, REJECTED, strict=True):
         whole = [bos + raw_ids(tokenizer, prompt + side) for side in (chosen, rejected)]
@@ -260,7 +122,7 @@ MERGES = [
 @pytest.mark.parametrize("options, prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids", MERGES)
 def test_boundary_by_hand(options, prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids):
     row = tokenize_pairs(pair(prompt, chosen, rejected), letters(**options))[0]
-    assert row == {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
+    assert row == {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids, "row": 0}
 
 
 @settings(max_examples=40, deadline=None)
@@ -349,7 +211,7 @@ def test_template_arguments():
 )
 def test_truncation_keeps_the_start(max_length, chosen, rejected):
     row = tokenize_pairs(pair("ccc", "acac", "b"), letters(), max_length=max_length)[0]
-    assert row == {"prompt_ids": [C, C, C], "chosen_ids": chosen, "rejected_ids": rejected}
+    assert row == {"prompt_ids": [C, C, C], "chosen_ids": chosen, "rejected_ids": rejected, "row": 0}
 
 
 def test_dropped_pairs_are_counted(caplog):
@@ -361,6 +223,7 @@ def test_dropped_pairs_are_counted(caplog):
     assert counts == {"prompt too long": 2, "empty completion": 1}
     assert result["prompt_ids"][:] == [[C, C], []]
     assert result["chosen_ids"][:] == [[A], [B, EOS_ID]]
+    assert result["row"][:] == [1, 4]  # of the data set as given
     (record,) = caplog.records
     assert "dropped 3 of 5" in record.message
     assert "2 with a prompt too long" in record.message and "1 with an empty completion" in record.message
@@ -381,7 +244,7 @@ def test_empty_completion_of_a_conversation_is_dropped():
     ]
     counts = {}
     result = tokenize_pairs(Dataset.from_list(rows), tokenizer, drop_counts=counts)
-    assert result["chosen_ids"][:] == [[B]]
+    assert result["chosen_ids"][:] == [[B]] and result["row"][:] == [1]
     assert counts["empty completion"] == 1
 
 
@@ -399,7 +262,7 @@ def test_pair_columns_are_kept_as_float64_and_others_dropped():
     dataset = standard().add_column("neg_log_dispersion", [0, 1, 2]).add_column("agreement", [1.0, 0.6, 0.75])
     dataset = dataset.add_column("source", ["x", "y", "z"]).add_column("images", [[b"0"]] * 3)
     result = tokenize_pairs(dataset, letters())
-    assert set(result.column_names) == {*TOKEN_COLUMNS, *PAIR_COLUMNS}
+    assert set(result.column_names) == {*TOKEN_COLUMNS, "row", *PAIR_COLUMNS}
     assert all(result.features[name] == datasets.Value("float64") for name in PAIR_COLUMNS)
     assert result["neg_log_dispersion"][:] == [0.0, 1.0, 2.0]
     assert result["agreement"][:] == [1.0, 0.6, 0.75]
@@ -479,102 +342,3 @@ def test_plain_text_needs_eos():
         tokenize_pairs(pair("c", "a", "b"), letters(eos=None))
     chat = letters(eos=None, template=TEMPLATES["chatml"][0])  # the template ends the turns itself
     assert len(tokenize_pairs(pair(CHAT, [assistant("a")], [assistant("b")]), chat)) == 1
-
-
-# Collator
-
-
-def test_collator_by_hand():
-    rows = [
-        {"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9], "agreement": 0.75, "ref_chosen_logps": -1.5},
-        {
-            "prompt_ids": [],
-            "chosen_ids": [3, 4, 5],
-            "rejected_ids": [6, 7],
-            "agreement": 1.0,
-            "ref_chosen_logps": -2.0,
-        },
-    ]
-    batch = PreferenceCollator(pad_token_id=0)(rows)
-    expected = {
-        "input_ids": [[5, 6, 7, 8], [3, 4, 5, 0], [5, 6, 9, 0], [6, 7, 0, 0]],
-        "attention_mask": [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0]],
-        "target_index": [1, 2, 4, 5, 9, 12],
-        "target_ids": [7, 8, 4, 5, 9, 7],
-        "target_rows": [0, 0, 1, 1, 2, 3],
-        "num_tokens": [2, 2, 1, 1],
-    }
-    assert batch.keys() == {*expected, "agreement", "ref_chosen_logps"}
-    for name, values in expected.items():
-        assert batch[name].dtype == torch.int64 and batch[name].tolist() == values, name
-    assert batch["agreement"].dtype == torch.float32 and batch["agreement"].tolist() == [0.75, 1.0]
-    assert batch["ref_chosen_logps"].tolist() == [-1.5, -2.0]
-
-
-def test_collator_needs_a_pad_token():
-    with pytest.raises(TypeError, match="pad_token_id must be an int, got None.*tokenizer.pad_token"):
-        PreferenceCollator(pad_token_id=None)
-
-
-IDS = st.integers(0, 9)
-ROW = st.fixed_dictionaries(
-    {
-        "prompt_ids": st.lists(IDS, max_size=4),
-        "chosen_ids": st.lists(IDS, min_size=1, max_size=5),
-        "rejected_ids": st.lists(IDS, min_size=1, max_size=5),
-    }
-)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(ROW, min_size=1, max_size=5), st.sampled_from([None, 1, 4, 8]))
-def test_collator_against_loops(rows, multiple):
-    batch = PreferenceCollator(pad_token_id=0, pad_to_multiple_of=multiple)(rows)
-    sequences = [row["prompt_ids"] + row["chosen_ids"] for row in rows]
-    sequences += [row["prompt_ids"] + row["rejected_ids"] for row in rows]
-    width = max(map(len, sequences))
-    while multiple and width % multiple:
-        width += 1
-    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2 * len(rows), width)
-    targets, counts = [], []
-    for r, sequence in enumerate(sequences):
-        assert batch["input_ids"][r].tolist() == sequence + [0] * (width - len(sequence))
-        assert batch["attention_mask"][r].tolist() == [1] * len(sequence) + [0] * (width - len(sequence))
-        prompt_length = len(rows[r % len(rows)]["prompt_ids"])
-        scored = [(r * width + t - 1, sequence[t], r) for t in range(prompt_length, len(sequence)) if t > 0]
-        targets += scored
-        counts.append(len(scored))
-    found = (batch[name].tolist() for name in ("target_index", "target_ids", "target_rows"))
-    assert list(zip(*found, strict=True)) == targets
-    assert batch["num_tokens"].tolist() == counts
-
-
-def test_every_kept_pair_has_a_scored_token():
-    texts = ["", "a", "ab", "ca", "cc"]
-    rows = [{"prompt": p, "chosen": c, "rejected": r} for p in texts for c in texts for r in texts]
-    for options in ({}, {"add_bos": True}):
-        result = tokenize_pairs(Dataset.from_list(rows), letters(**options), max_length=3)
-        batch = PreferenceCollator(PAD_ID)(result.to_list())
-        assert batch["num_tokens"].min() >= 1 and batch["input_ids"].shape[1] <= 3
-
-
-# TRL
-
-
-@pytest.mark.parametrize("make_dataset, max_length", [(standard, 8), (standard, 1024), (conversational, 24)])
-@pytest.mark.parametrize("name", ["word", "bpe", "bpe-bos"])
-def test_same_tokens_as_trl(name, make_dataset, max_length):
-    dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer")
-    tokenizer, _ = build(name, TEMPLATES["chatml"][0])
-    args = SimpleNamespace(dataset_num_proc=None, max_length=max_length, truncation_mode="keep_start")
-    trainer = SimpleNamespace(_tokenizer=tokenizer)
-    theirs = dpo_trainer.DPOTrainer._prepare_dataset(trainer, make_dataset(), tokenizer, args, "train").to_list()
-    assert len(theirs) > 0, "the comparison needs pairs that fit"
-    batch = dpo_trainer.DataCollatorForPreference(pad_token_id=PAD_ID, max_length=max_length)(theirs)
-    rows = tokenize_pairs(make_dataset(), tokenizer, max_length=max_length)
-    ours = PreferenceCollator(pad_token_id=PAD_ID)(rows.to_list())
-    assert torch.equal(ours["input_ids"], batch["input_ids"])
-    assert torch.equal(ours["attention_mask"], batch["attention_mask"])
-    mask = torch.zeros_like(batch["completion_mask"])
-    mask.view(-1)[ours["target_index"] + 1] = 1
-    assert torch.equal(mask, batch["completion_mask"])

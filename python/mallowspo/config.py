@@ -26,9 +26,9 @@ class MallowsConfig(TrainingArguments):
             calibrates on the training set so that the factor 2a has mean 1; a measured column it leaves as it is.
 
     Parameters that control the reference:
-        precompute_ref_log_probs: one pass of the reference over the data before training, cached, instead of a reference
-            forward in every step. Done in any case where the objective needs the reference's entropies beforehand: for
-            dispersion_scale="auto" and for a reference-free objective.
+        precompute_ref_log_probs: one pass of the reference over the data before training, cached, instead of a
+            reference forward in every step. Done in any case where the objective needs the reference's entropies
+            beforehand: for dispersion_scale="auto" and for a reference-free objective.
         reference_cache_dir: where that pass is kept; None: ``<output_dir>/reference_cache``.
         precompute_ref_batch_size: pairs a device in that pass; None: per_device_eval_batch_size.
 
@@ -37,7 +37,8 @@ class MallowsConfig(TrainingArguments):
         pad_to_multiple_of: round batch lengths up to a multiple of this.
         dataset_num_proc: processes that tokenise.
         disable_dropout: set every dropout of policy and reference to 0.
-        model_init_kwargs: for ``AutoModelForCausalLM.from_pretrained`` where the model is given by name.
+        model_init_kwargs: for ``AutoModelForCausalLM.from_pretrained`` where the model is given by name; its dtype is
+            float32 unless given here.
 
     Raises:
         ValueError: an unknown preset, source or value.
@@ -106,7 +107,7 @@ class MallowsConfig(TrainingArguments):
         if self.dispersion_scale != "auto":
             try:
                 self.dispersion_scale = float(self.dispersion_scale)
-            except ValueError:
+            except (TypeError, ValueError):
                 raise ValueError(
                     f"dispersion_scale must be 'auto' or a number, got {self.dispersion_scale!r}"
                 ) from None

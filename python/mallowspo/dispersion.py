@@ -28,8 +28,8 @@ SOURCES = ("neg_log_dispersion", "agreement", "entropy")
 def agreement_to_neg_log_dispersion(agreement, link):
     """a such that the link gives the observed agreement to a pair one rank apart.
 
-    theta (and the plug-ins into ipo and hinge, which have no probability of their own): s = sigmoid(2a), a = logit(s)/2.
-    phi: s = g(1) = 1 / (1 + phi), a = logit(s).
+    theta (and the plug-ins into ipo and hinge, which have no probability of their own): s = sigmoid(2a), so
+    a = logit(s) / 2. phi: s = g(1) = 1 / (1 + phi), so a = logit(s).
 
     Args:
         agreement: [B] floats in (0.5, 1]; above AGREEMENT_CEILING they count as that.
@@ -50,7 +50,7 @@ def agreement_to_neg_log_dispersion(agreement, link):
 
 
 def calibrated_scale(neg_log_dispersion):
-    """The scale at which the theta factor 2a has mean 1 over the training set, so that beta means what it means in DPO.
+    """The scale at which the theta factor 2a has mean 1 over the training set; beta then means what it does in DPO.
 
     Args:
         neg_log_dispersion: [B] unscaled values. Raises ValueError where all are zero.
@@ -65,28 +65,49 @@ def calibrated_scale(neg_log_dispersion):
 
 # ---- the cached pass of the reference model ------------------------------------------------------------------------
 
+# What a config says about a model's origin and use, not about what it computes (its dtype is the weights').
+_CONFIG_NO_MATTER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
-def fingerprint(model, dataset, settings):
-    """A hash of everything the reference pass depends on: weights, token ids (hence tokenizer and data), settings.
+
+def fingerprint(model, dataset, settings, *, with_adapter=False):
+    """A hash of everything the reference pass depends on.
+
+    That is the model's class, attention kernel, config and weights, the token ids (hence tokenizer and data), and the
+    settings.
 
     Args:
-        model: the reference; of a PEFT model, the base without its adapters.
+        model: the reference.
         dataset: of ``tokenize_pairs``.
         settings: JSON-serialisable dict.
+        with_adapter: whether a PEFT model is the reference as it is, or with its adapter off.
     """
     digest = xxhash.xxh3_128()
-    adapter = getattr(getattr(model, "base_model", None), "prefix", None) if hasattr(model, "peft_config") else None
-    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0]):
-        if adapter and (adapter in name or ".modules_to_save." in name):
-            continue
-        name = name.replace("base_model.model.", "").replace(".base_layer", "").replace(".original_module", "")
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = {name: value for name, value in base.config.to_dict().items() if name not in _CONFIG_NO_MATTER}
+    facts = [type(base).__name__, base.config._attn_implementation, config, settings]
+    adapter = None
+    if base is not model:
+        if with_adapter:
+            facts += [model.active_adapters, {name: lora.to_dict() for name, lora in model.peft_config.items()}]
+        else:
+            adapter = model.base_model.prefix
+    digest.update(json.dumps(facts, sort_keys=True, default=_plain).encode())
+    tensors = {}
+    for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
+        if not (adapter and (adapter in name or ".modules_to_save." in name)):
+            tensors[name.replace(".base_layer", "").replace(".original_module", "")] = tensor
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
         for ids in dataset[column]:
             digest.update(np.asarray([len(ids), *ids], dtype=np.int64))
-    digest.update(json.dumps(settings, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def _plain(value):
+    """What JSON does not know, always in the same order."""
+    return sorted(map(str, value)) if isinstance(value, set) else str(value)
 
 
 def save_cache(path, columns, key):
@@ -100,13 +121,16 @@ def save_cache(path, columns, key):
     data = save(columns, metadata={"fingerprint": key, "checksum": _checksum(columns)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(
             error.errno,
             f"the reference cache could not be written ({error.strerror}); free space or set reference_cache_dir",

@@ -6,10 +6,14 @@ the hidden states of the positions that predict a completion token reach the hea
 """
 
 import types
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from mallowspo import functional as F
 
@@ -20,7 +24,7 @@ _DIVISOR = "logits_scaling"
 
 
 class SequenceStats(NamedTuple):
-    """Of each of R sequences: log-probability of the completion, summed, and mean entropy (nats) of its tokens; [R]."""
+    """Of R sequences, [R]: log-probability of the completion, summed, and mean entropy (nats) of its tokens."""
 
     logps: torch.Tensor
     entropy: torch.Tensor
@@ -30,22 +34,33 @@ def attach_token_stats(model):
     """Teaches a causal LM to return ``TokenStats`` when it is called with ``target_index`` and ``target_ids``.
 
     ``model(input_ids, attention_mask, target_index=..., target_ids=...)`` returns the statistics of the tokens
-    ``target_ids`` [N] as predicted from the flat positions ``target_index`` [N] of [R, T]. Any other call is the model's
-    own. A short forward pass compares the two ways, so that a model whose head does more than is known here is refused
-    instead of trained wrongly. Attaching twice is harmless.
+    ``target_ids`` [N] as predicted from the flat positions ``target_index`` [N] of [R, T]. Any other call is the
+    model's own. A short forward pass compares the two ways, so that a model whose head does more than is known here is
+    refused instead of trained wrongly. Attaching twice is harmless. Of a ``PeftModel`` it is the base that is taught.
 
     Raises:
-        TypeError: the head is not a plain ``nn.Linear`` (LoRA on the head, for one).
-        ValueError: the statistics disagree with the model's logits, or the model adds a loss of its own.
+        TypeError: the head is not a plain ``nn.Linear`` (LoRA on the head, for one), or a forward was replaced.
+        ValueError: the statistics disagree with the model's logits, or the model adds a loss of its own or an adapter
+            that moves the positions.
     """
-    if getattr(model, "_mallowspo_attached", False):
-        return
+    if hasattr(model, "get_base_model"):
+        if model.active_peft_config.is_prompt_learning:
+            raise ValueError("prompt learning changes the positions that are scored; use LoRA or another adapter")
+        model = model.get_base_model()
     head = model.get_output_embeddings()
+    if getattr(getattr(head, "forward", None), "__func__", None) is _head_forward:
+        return
     if type(head) is not nn.Linear:
         raise TypeError(
             f"the output head is a {type(head).__name__}, not a plain nn.Linear; "
             "adapters on the head are not supported: leave it out of target_modules and modules_to_save"
         )
+    for module in (model, head):
+        if getattr(module.forward, "__func__", None) is not type(module).forward:
+            raise TypeError(
+                f"the forward of this {type(module).__name__} was replaced, by a patch or by a device_map over "
+                "several devices; load the model unpatched and on one device"
+            )
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         raise ValueError(
@@ -63,7 +78,6 @@ def attach_token_stats(model):
     except Exception:
         del model.forward, head.forward
         raise
-    model._mallowspo_attached = True
 
 
 def _model_forward(self, *args, target_index=None, target_ids=None, **kwargs):
@@ -80,22 +94,25 @@ def _head_forward(self, hidden, target_ids=None):
     return F.linear_token_stats(hidden, self.weight, target_ids, bias=self.bias, **self.mallowspo_settings)
 
 
+# Pickle looks a bound method up by this name: a model that comes back from one has its class's own forward.
+_model_forward.__name__ = _head_forward.__name__ = "forward"
+
+
 @torch.no_grad()
 def _compare_with_logits(model):
     parameter = model.get_output_embeddings().weight
-    if parameter.is_meta:
-        return
-    training = model.training
-    model.eval()
+    if parameter.is_meta or parameter.numel() == 0:
+        return  # this rank holds no weights before the model is wrapped (FSDP, ZeRO-3); one that does compares
     length = 8
     ids = torch.arange(1, length + 1, device=parameter.device)[None] % parameter.shape[0]
     mask = torch.ones_like(ids)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, :-1]
-    expected = F.token_stats(logits, ids[0, 1:])
     index = torch.arange(length - 1, device=ids.device)
-    found = model(input_ids=ids, attention_mask=mask, target_index=index, target_ids=ids[0, 1:])
-    model.train(training)
-    allowed = 16 * torch.finfo(logits.dtype).eps * max(1.0, logits.abs().max().item())
+    with evaluating(model):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, :-1]
+        found = model(input_ids=ids, attention_mask=mask, target_index=index, target_ids=ids[0, 1:])
+    expected = F.token_stats(logits, ids[0, 1:])
+    # A few roundings of a logit to its dtype: of the product, and of each step of a soft cap.
+    allowed = 4 * torch.finfo(logits.dtype).eps * logits.abs().max().item() + 1e-5
     for name, a, b in zip(found._fields, found, expected, strict=True):
         worst = (a - b).abs().max().item()
         if not worst <= allowed:
@@ -124,3 +141,66 @@ def sequence_stats(model, batch):
     lengths = batch["num_tokens"]
     logps, entropy = (torch.segment_reduce(values, "sum", lengths=lengths, axis=0) for values in stats)
     return SequenceStats(logps, entropy / lengths)
+
+
+def load_model(model, init_kwargs=None):
+    """A model as it is, or ``AutoModelForCausalLM.from_pretrained`` of a name or folder.
+
+    In float32 unless init_kwargs has a dtype: the checkpoint's own is mostly bfloat16, whose resolution loses updates as
+    small as preference tuning's.
+    """
+    if not isinstance(model, str | Path):
+        return unprepared(model)
+    kwargs = init_kwargs or {}
+    if not {"dtype", "torch_dtype"} & kwargs.keys():
+        kwargs = kwargs | {"dtype": torch.float32}
+    return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+
+
+def unprepared(model):
+    """The model without what an accelerator that prepared it before has left on it: wrapper, autocast, mark."""
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    vars(model).pop("_is_accelerate_prepared", None)
+    return model
+
+
+def add_adapter(model, peft_config):
+    """The model wrapped as a ``PeftModel``. Raises ImportError without peft, ValueError for a second adapter."""
+    try:
+        from peft import get_peft_model
+    except ImportError as error:
+        raise ImportError("peft_config needs the package peft; run: pip install 'mallowspo[peft]'") from error
+    if hasattr(model, "get_base_model"):
+        raise ValueError("model already has an adapter; pass either a PeftModel or peft_config, not both")
+    return get_peft_model(model, peft_config)
+
+
+def disable_dropout(model):
+    """Sets every dropout probability to 0: of ``nn.Dropout`` modules and of layers that apply it themselves."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(module, nn.Dropout))):
+                setattr(module, name, 0.0)
+
+
+@contextmanager
+def evaluating(model):
+    """The model in evaluation mode for a while; then each module in its own, which DDP's may differ from."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def whole(model):
+    """The model, if this rank holds all its weights; ValueError otherwise."""
+    if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            "the reference needs whole weights on every rank before training: with FSDP set "
+            "fsdp_cpu_ram_efficient_loading to false; with ZeRO-3 use a PEFT model, and a number for dispersion_scale "
+            "or a measured dispersion"
+        )
+    return model

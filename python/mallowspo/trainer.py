@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoTokenizer, Trainer
 from transformers.utils import logging
 
 from mallowspo import _C
 from mallowspo import functional as F
 from mallowspo.config import MallowsConfig
-from mallowspo.data import REFERENCE_COLUMNS, PreferenceCollator, tokenize_pairs
+from mallowspo.data import PAIR_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator, tokenize_pairs
 from mallowspo.dispersion import (
     agreement_to_neg_log_dispersion,
     calibrated_scale,
@@ -23,7 +23,17 @@ from mallowspo.dispersion import (
     load_cache,
     save_cache,
 )
-from mallowspo.modeling import SequenceStats, attach_token_stats, sequence_stats
+from mallowspo.modeling import (
+    SequenceStats,
+    add_adapter,
+    attach_token_stats,
+    disable_dropout,
+    evaluating,
+    load_model,
+    sequence_stats,
+    unprepared,
+    whole,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -31,9 +41,9 @@ logger = logging.get_logger(__name__)
 class MallowsTrainer(Trainer):
     """Fine-tunes a causal language model on preference pairs.
 
-    Where the reference log-probabilities and entropies come from, in this order: the cache of one pass before training,
-    if ``args.precompute_ref_log_probs`` or the objective needs the entropies beforehand; ``ref_model``; for a PEFT model
-    the model itself with its adapter off; a frozen copy of the model as it is now.
+    Where the reference log-probabilities and entropies come from, in this order: the cache of one pass before training
+    if ``args.precompute_ref_log_probs`` or the objective needs the entropies beforehand; ``ref_model``; for a
+    PEFT model the model itself with its adapter off; a frozen copy of the model as it is now.
 
     Args:
         model: a ``PreTrainedModel`` with a plain linear head, a ``PeftModel`` of one, or a name or folder to load.
@@ -47,8 +57,9 @@ class MallowsTrainer(Trainer):
 
     Metrics, each a sum over all ranks divided by a count over all ranks: ``rewards/chosen``, ``rewards/rejected``,
     ``rewards/margins``, ``rewards/accuracies`` (ties count half), ``logps/chosen``, ``logps/rejected``,
-    ``log_ratio/chosen``, ``log_ratio/rejected`` (policy over reference, per token), ``entropy`` (of the policy), and for
-    mallows objectives ``dispersion/neg_log_mean`` and ``dispersion/entropy`` (the normalised index).
+    ``log_ratio/chosen``, ``log_ratio/rejected`` (policy over reference, per token), ``entropy`` (of the policy), and
+    for mallows objectives ``dispersion/neg_log_mean`` (scaled) and ``dispersion/entropy`` (the normalised index). The
+    log of training also has ``dispersion/scale``.
 
     Raises:
         TypeError, ValueError: a model, reference or data set that cannot be used, with the reason.
@@ -66,163 +77,142 @@ class MallowsTrainer(Trainer):
         callbacks=None,
         optimizers=(None, None),
     ):
-        name = model if isinstance(model, str) else model.config._name_or_path
-        if args is None:
-            args = MallowsConfig(output_dir=f"{Path(name).name or 'model'}-{MallowsConfig.loss_type}")
-        if not isinstance(args, MallowsConfig):
+        if not isinstance(args, MallowsConfig | None):
             raise TypeError(f"args must be a MallowsConfig, got {type(args).__name__}")
-        self.objective = args.objective()
-        model, ref_model = (self._load(m, args) if isinstance(m, str) else m for m in (model, ref_model))
-        if ref_model is model:
+        model, ref_model = (m and load_model(m, args and args.model_init_kwargs) for m in (model, ref_model))
+        name = model.config._name_or_path
+        args = args or MallowsConfig(output_dir=f"{Path(name).name or 'model'}-{MallowsConfig.loss_type}")
+        if args.n_gpu > 1:
             raise ValueError(
-                "ref_model is the model itself and would be trained with it; leave it out or load it again"
+                f"one process sees {args.n_gpu} GPUs and would split the batch by rows; use accelerate launch, which "
+                "starts one process a GPU, or set CUDA_VISIBLE_DEVICES"
             )
+        if train_dataset is None:
+            raise ValueError("train_dataset is missing")
+        self.objective = args.objective()
+        if ref_model is model:
+            raise ValueError("ref_model is the model itself and would be trained; leave it out or load it again")
         if peft_config is not None:
-            model = self._with_adapter(model, peft_config)
+            model = add_adapter(model, peft_config)
         if processing_class is None:
+            if not name:
+                raise ValueError("the model was not loaded from anywhere: pass its tokenizer as processing_class")
             processing_class = AutoTokenizer.from_pretrained(name)
         if processing_class.pad_token_id is None:
             processing_class.pad_token = processing_class.eos_token
-        if train_dataset is None:
-            raise ValueError("train_dataset is missing")
 
-        self._is_peft = hasattr(model, "peft_config")
+        self._is_peft = hasattr(model, "get_base_model")
         for m in filter(None, (model, ref_model)):
-            if getattr(getattr(m, "active_peft_config", None), "is_prompt_learning", False):
-                raise ValueError("prompt learning changes the positions that are scored; use LoRA or another adapter")
-            attach_token_stats(m.get_base_model() if hasattr(m, "peft_config") else m)
+            attach_token_stats(m)
             if args.disable_dropout:
-                _disable_dropout(m)
+                disable_dropout(m)
         if self._is_peft and args.gradient_checkpointing:
             model.enable_input_require_grads()  # else a checkpointed block sees no input that needs a gradient
         if ref_model is not None:
             ref_model.requires_grad_(False)
 
-        evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        given = {"train": train_dataset} | {f"eval {k}": d for k, d in evals.items() if d is not None}
-        self._sums = {"train": {}, "eval": {}}
-        with PartialState().main_process_first():  # the others read the cache that `datasets` keeps
-            self._prepared_sets = {id(d): (d, self._tokenize(d, args, processing_class)) for d in given.values()}
+        self._sums = {}
         super().__init__(
             model=model,
             args=args,
             data_collator=PreferenceCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
-            train_dataset=self._prepared(train_dataset),
+            train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # compute_loss divides by the number of pairs of the whole optimiser step; the base class must not divide again.
+        # compute_loss divides by the pairs of the whole optimiser step; the base class must not divide again.
         self.model_accepts_loss_kwargs = True
-        self.model.add_model_tags(["mallowspo"])
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(["mallowspo"])
+
+        evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        given = {"train": train_dataset} | {f"eval {k}": d for k, d in evals.items() if d is not None}
+        self._source = self._dispersion_source() if self.objective.uses_dispersion else None
+        with args.main_process_first(desc="tokenisation"):  # the others read the cache that `datasets` keeps
+            self._prepared_sets = {id(d): (d, self._prepare(d, name)) for name, d in given.items()}
         self._set_up_reference(ref_model, given)
 
     # ---- setting up ------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _load(name, args):
-        return AutoModelForCausalLM.from_pretrained(name, **(args.model_init_kwargs or {}))
+    def _dispersion_source(self):
+        columns = getattr(self.train_dataset, "column_names", None) or ()
+        found = [name for name in PAIR_COLUMNS if name in columns]
+        if self.args.dispersion_source is None and len(found) > 1:
+            raise ValueError(f"the data has both {found[0]!r} and {found[1]!r}; choose one by dispersion_source")
+        return self.args.dispersion_source or (found[0] if found else "entropy")
 
-    @staticmethod
-    def _with_adapter(model, peft_config):
-        try:
-            from peft import get_peft_model
-        except ImportError as error:
-            raise ImportError("peft_config needs the package peft; run: pip install 'mallowspo[peft]'") from error
-        if hasattr(model, "peft_config"):
-            raise ValueError("model already has an adapter; pass either a PeftModel or peft_config, not both")
-        return get_peft_model(model, peft_config)
-
-    @staticmethod
-    def _tokenize(dataset, args, tokenizer):
-        return tokenize_pairs(dataset, tokenizer, max_length=args.max_length, num_proc=args.dataset_num_proc)
+    def _prepare(self, dataset, name):
+        """A data set as its user has it -> tokenised, a measured dispersion in its column neg_log_dispersion."""
+        limits = {"max_length": self.args.max_length, "num_proc": self.args.dataset_num_proc}
+        dataset = tokenize_pairs(dataset, self.processing_class, **limits)
+        if self._source in PAIR_COLUMNS and self._source not in dataset.column_names:
+            raise ValueError(f"the {name} data set lacks the column {self._source!r}, the source of the dispersion")
+        if self._source == "agreement":
+            values = agreement_to_neg_log_dispersion(dataset["agreement"][:], self.objective.link)
+            dataset = dataset.remove_columns([column for column in PAIR_COLUMNS if column in dataset.column_names])
+            dataset = dataset.add_column("neg_log_dispersion", values)
+        return dataset
 
     def _prepared(self, dataset):
-        """A data set as its user has it -> tokenised, with the reference's columns where the pass saw it."""
+        """The same, with the reference's columns where the pass saw it."""
         if id(dataset) in self._prepared_sets:
             return self._prepared_sets[id(dataset)][1]
-        return (
-            dataset
-            if "prompt_ids" in dataset.column_names
-            else self._tokenize(dataset, self.args, self.processing_class)
-        )
+        return self._prepare(dataset, "new")
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
-        chosen = self.eval_dataset[chosen] if isinstance(chosen, str) else chosen
-        if chosen is None:
-            raise ValueError("there is no eval_dataset; pass one to the constructor or to evaluate()")
-        return super().get_eval_dataloader(self._prepared(chosen))
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        return super()._get_dataloader(self._prepared(dataset), *args, **kwargs)
 
     def _set_up_reference(self, ref_model, given):
         """Decides where reference and dispersion come from and makes the cached pass where one is needed."""
         args, objective = self.args, self.objective
-        self._source = self._dispersion_source() if objective.uses_dispersion else None
         needs_entropy, needs_logps = self._source == "entropy", not objective.reference_free
         if not (needs_logps or needs_entropy) and (ref_model is not None or args.precompute_ref_log_probs):
-            raise ValueError(
-                f"loss_type {args.loss_type!r} reads no reference; leave ref_model and precompute_ref_log_probs out"
-            )
+            raise ValueError(f"loss_type {args.loss_type!r} reads no reference; leave out what sets or computes one")
         cached = (needs_logps and args.precompute_ref_log_probs) or (
             needs_entropy and (args.dispersion_scale == "auto" or objective.reference_free)
         )
-        self.ref_model = None
-        if ref_model is not None:
-            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-        elif needs_logps and not cached and not self._is_peft:
-            self.ref_model = copy.deepcopy(self.model).requires_grad_(False)
+        self.ref_model = ref_model
+        if ref_model is None and needs_logps and not cached and not self._is_peft:
+            self.ref_model = copy.deepcopy(whole(self.model)).requires_grad_(False)
+        reference = self.ref_model or self.model
+        if self.ref_model is not None or cached:
+            if next(whole(reference).parameters()).device != args.device:  # FSDP and DeepSpeed leave it on the CPU
+                self._move_model_to_device(reference, args.device)
+        self._vocabulary = reference.get_output_embeddings().out_features  # the weight's shape may be of a shard
         if cached:
             for name, dataset in {id(d): (name, d) for name, d in given.items()}.values():
                 self._prepared_sets[id(dataset)] = dataset, self._with_reference(self._prepared(dataset), name)
-            self.train_dataset = self._prepared(given["train"])
-        # A model fully fine-tuned without a copy is its own reference until its first step, that is until here.
-        self._has_live_reference = self.ref_model is not None or self._is_peft
         self.dispersion_scale = self._find_scale() if objective.uses_dispersion else None
         if objective.uses_dispersion:
             logger.info(f"dispersion from {self._source}, dispersion_scale = {self.dispersion_scale:.6g}")
-
-    def _dispersion_source(self):
-        columns = self.train_dataset.column_names
-        found = [name for name in ("neg_log_dispersion", "agreement") if name in columns]
-        source = self.args.dispersion_source
-        if source is None and len(found) > 1:
-            raise ValueError(f"the data has both {found[0]!r} and {found[1]!r}; choose one by dispersion_source")
-        if source not in (None, "entropy", *found):
-            raise ValueError(f"dispersion_source is {source!r}, a column that the data lacks")
-        return source or (found[0] if found else "entropy")
 
     def _find_scale(self):
         if self.args.dispersion_scale != "auto":
             return self.args.dispersion_scale
         if self._source != "entropy":
             return 1.0
-        chosen, rejected = (
-            torch.tensor(self.train_dataset[name][:]) for name in ("ref_chosen_entropy", "ref_rejected_entropy")
-        )
-        return calibrated_scale(F.neg_log_dispersion(chosen, rejected, self._vocabulary()).numpy())
-
-    def _vocabulary(self):
-        return self.accelerator.unwrap_model(self.model).get_output_embeddings().weight.shape[0]
+        train = self._prepared(self.train_dataset)
+        chosen, rejected = (torch.tensor(train[name][:]) for name in ("ref_chosen_entropy", "ref_rejected_entropy"))
+        return calibrated_scale(F.neg_log_dispersion(chosen, rejected, self._vocabulary).numpy())
 
     # ---- the reference ---------------------------------------------------------------------------------------------
 
     def _with_reference(self, dataset, name):
         """The data set with the reference's columns, from the cache or from one pass."""
-        model = self.accelerator.unwrap_model(self.model if self.ref_model is None else self.ref_model)
-        settings = {
-            "version": _C.build["version"],
-            "mixed_precision": self.accelerator.mixed_precision,
-            "attention": model.config._attn_implementation,
-        }
-        key = fingerprint(model, dataset, settings)
-        directory = Path(self.args.reference_cache_dir or Path(self.args.output_dir) / "reference_cache")
-        path = directory / f"{key}.safetensors"
-        self.accelerator.wait_for_everyone()  # no rank looks for the file while another writes it
-        if path.exists():
-            logger.info(f"reference log-probabilities and entropies of {name} read from {path}")
-            columns = load_cache(path, key, len(dataset))
-        else:
+        columns = None
+        if self.accelerator.is_main_process:  # one rank decides, so that all agree where they share no disk
+            model = self.accelerator.unwrap_model(self.ref_model or self.model)
+            settings = {"version": _C.build["version"], "mixed_precision": self.accelerator.mixed_precision}
+            key = fingerprint(model, dataset, settings, with_adapter=self.ref_model is not None)
+            path = Path(self.args.reference_cache_dir or Path(self.args.output_dir) / "reference_cache")
+            path = path / f"{key}.safetensors"
+            if path.exists():
+                logger.info(f"reference log-probabilities and entropies of {name} read from {path}")
+                columns = load_cache(path, key, len(dataset))
+        (columns,) = broadcast_object_list([columns])
+        if columns is None:
             columns = self._over_pairs(dataset, self._reference_columns, f"Reference pass ({name})")
             if self.accelerator.is_main_process:
                 save_cache(path, columns, key)
@@ -237,13 +227,13 @@ class MallowsTrainer(Trainer):
 
     @torch.no_grad()
     def _over_pairs(self, dataset, compute, description):
-        """``compute(batch)`` -> dict of [B] tensors, over the data set split over the ranks -> dict of [rows] on the CPU."""
+        """``compute(batch)`` -> dict of [B] tensors, over the data set split over the ranks -> dict of [rows], CPU."""
         size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         # Every rank makes as many passes as the others, who may wait for it; what hangs over is cut off again.
         share = -(-len(dataset) // world)
         parts = []
-        for start in tqdm(range(0, share, size), desc=description, disable=rank != 0):
+        for start in tqdm(range(0, share, size), desc=description, disable=rank != 0 or self.args.disable_tqdm):
             rows = [(rank * share + i) % len(dataset) for i in range(start, min(start + size, share))]
             batch = self._prepare_inputs(self.data_collator([dataset[row] for row in rows]))
             with self.accelerator.autocast():
@@ -254,32 +244,25 @@ class MallowsTrainer(Trainer):
     @torch.no_grad()
     def _reference_stats(self, batch):
         """SequenceStats [2B] of the live reference."""
-        model = self.model_wrapped if self.ref_model is None else self.ref_model
+        model = self.ref_model or self.model_wrapped
         without_adapter = nullcontext()
         if self.ref_model is None and self._is_peft:
             without_adapter = self.accelerator.unwrap_model(self.model).disable_adapter()
-        training = model.training
-        model.eval()
-        try:
-            with without_adapter, self.accelerator.autocast():
-                return sequence_stats(model, batch)
-        finally:
-            model.train(training)
+        # An autocast of its own: the policy's would reuse the weights that were cast here, without a gradient.
+        with evaluating(model), without_adapter, self.accelerator.autocast():
+            return sequence_stats(model, batch)
 
     def _reference_of(self, batch):
         """Reference SequenceStats [2B] of a batch: from its columns, else from the live model, else None."""
         if "ref_chosen_logps" in batch:
-            logps, entropy = (
-                torch.cat([batch[f"ref_chosen_{name}"], batch[f"ref_rejected_{name}"]])
-                for name in ("logps", "entropy")
-            )
-            return SequenceStats(logps, entropy)
+            columns = [batch[name] for name in REFERENCE_COLUMNS]
+            return SequenceStats(torch.cat(columns[:2]), torch.cat(columns[2:]))
         if self.objective.reference_free and self._source != "entropy":
             return None
-        if not self._has_live_reference:
+        if self.ref_model is None and not self._is_peft:
             raise ValueError(
-                "this data set was not given to the constructor, so the reference never saw it, and by now the model has "
-                "changed: pass it as eval_dataset, or pass ref_model"
+                "this data set was not given to the constructor, so the reference never saw it, and no reference was "
+                "kept: pass it as eval_dataset, or pass ref_model"
             )
         return self._reference_stats(batch)
 
@@ -288,22 +271,25 @@ class MallowsTrainer(Trainer):
         if not self.objective.uses_dispersion:
             return None
         if self._source == "entropy":
-            return F.neg_log_dispersion(*reference.entropy.chunk(2), self._vocabulary(), scale=self.dispersion_scale)
-        values = batch[self._source]
-        if self._source == "agreement":
-            values = torch.as_tensor(agreement_to_neg_log_dispersion(values.cpu(), self.objective.link)).to(values)
-        return self.dispersion_scale * values
+            return F.neg_log_dispersion(*reference.entropy.chunk(2), self._vocabulary, scale=self.dispersion_scale)
+        return self.dispersion_scale * batch["neg_log_dispersion"]
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
+    def train(self, *args, **kwargs):
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not sharded and not isinstance(self.model_wrapped, nn.parallel.DistributedDataParallel):
+            # What an evaluation prepared, accelerate would not wrap again: no rank would see the others' gradients.
+            self.model_wrapped = unprepared(self.model)
+        return super().train(*args, **kwargs)
+
     def _pair_losses(self, model, batch):
-        """Loss of each pair, its statistics and its metrics: everything that a step, an evaluation and a score share."""
+        """Loss of each pair, its statistics and its metrics: what a step, an evaluation and a score share."""
         reference = self._reference_of(batch)
         policy = sequence_stats(model, batch)
         dispersion = self._dispersion_of(batch, reference)
-        tokens = batch["num_tokens"]
         ref_logps = None if self.objective.reference_free else reference.logps
-        loss = self.objective(policy.logps, tokens, ref_logps, dispersion)
+        loss = self.objective(policy.logps, batch["num_tokens"], ref_logps, dispersion)
         return loss, policy, reference, dispersion
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -331,7 +317,6 @@ class MallowsTrainer(Trainer):
     # ---- metrics: sums and counts, reduced over the ranks once when they are read -----------------------------------
 
     def _record(self, mode, batch, loss, policy, reference, dispersion):
-        tokens = batch["num_tokens"]
         chosen, rejected = loss.chosen_rewards, loss.rejected_rewards
         values = {
             "loss": loss.losses,
@@ -341,38 +326,38 @@ class MallowsTrainer(Trainer):
             "rewards/accuracies": ((chosen > rejected).float() + (chosen >= rejected).float()) / 2,
             "logps/chosen": policy.logps.chunk(2)[0],
             "logps/rejected": policy.logps.chunk(2)[1],
-            "entropy": policy.entropy,
+            "entropy": sum(policy.entropy.chunk(2)) / 2,
         }
         if reference is not None:
-            ratio = (policy.logps - reference.logps) / tokens
+            ratio = (policy.logps - reference.logps) / batch["num_tokens"]
             values["log_ratio/chosen"], values["log_ratio/rejected"] = ratio.chunk(2)
         if dispersion is not None:
             values["dispersion/neg_log_mean"] = dispersion
             if self._source == "entropy":
-                values["dispersion/entropy"] = reference.entropy / np.log(self._vocabulary())
-        sums = self._sums[mode]
-        for name, value in values.items():
-            value = value.detach().double()
-            sums[name] = sums.get(name, 0) + torch.stack([value.sum(), torch.ones_like(value).sum()])
+                values["dispersion/entropy"] = sum(reference.entropy.chunk(2)) / (2 * np.log(self._vocabulary))
+        table = torch.stack([value.detach().double() for value in values.values()], dim=1)
+        if mode == "eval":  # the ranks' last batches are filled up with pairs seen before; this cuts them off again
+            table = self.accelerator.gather_for_metrics(table)
+        sums = torch.cat([table.sum(0), table.new_tensor([len(table)])])
+        self._sums[mode] = list(values), sums + self._sums.get(mode, (None, 0))[1]
 
     def _read_metrics(self, mode):
         """Means over everything recorded since the last call, over all ranks; the same keys on every rank."""
-        sums, self._sums[mode] = self._sums[mode], {}
-        if not sums:
+        if mode not in self._sums:
             return {}
-        names = sorted(sums)
-        total = self.accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum").cpu()
-        return {name: (value / count).item() for name, (value, count) in zip(names, total, strict=True)}
+        names, sums = self._sums.pop(mode)
+        *sums, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        return {name: value / count for name, value in zip(names, sums, strict=True)}
 
     def log(self, logs, start_time=None):
         if "loss" in logs:  # a log of training; evaluations add theirs in evaluation_loop
-            metrics = self._read_metrics("train")
-            metrics.pop("loss", None)
-            logs |= metrics
+            logs |= {name: value for name, value in self._read_metrics("train").items() if name != "loss"}
+            if self.dispersion_scale is not None:
+                logs["dispersion/scale"] = self.dispersion_scale
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        self._sums["eval"].clear()
+        self._sums.pop("eval", None)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self._read_metrics("eval").items()})
         return output
@@ -386,15 +371,13 @@ class MallowsTrainer(Trainer):
             dataset: a data set given to the constructor, or another in the same format where the reference is live.
 
         Returns:
-            dict of float64 arrays, one value a pair, in the order of the data set: ``row`` (int64, the row in it: pairs
-            without a completion token within max_length are left out), ``chosen_logps``, ``rejected_logps``,
+            dict of float64 arrays, one value a pair, in the order of the data set: ``row`` (int64, the row in it:
+            pairs without a completion token within max_length are left out), ``chosen_logps``, ``rejected_logps``,
             ``chosen_tokens``, ``rejected_tokens``, ``losses``, ``chosen_rewards``, ``rejected_rewards``; with a
             reference ``ref_chosen_logps``, ``ref_rejected_logps``, ``ref_chosen_entropy``, ``ref_rejected_entropy``
             (mean nats a token); with a dispersion ``neg_log_dispersion``, scaled.
         """
         tokenized = self._prepared(dataset)
-        if tokenized is not None and "row" not in tokenized.column_names:
-            raise ValueError("score() takes a data set of text or messages")
 
         def compute(batch):
             loss, policy, reference, dispersion = self._pair_losses(self.model_wrapped, batch)
@@ -410,14 +393,6 @@ class MallowsTrainer(Trainer):
                 columns[name.format("chosen")], columns[name.format("rejected")] = values.chunk(2)
             return columns if dispersion is None else columns | {"neg_log_dispersion": dispersion}
 
-        training = self.model.training
-        self.model.eval()
-        columns = self._over_pairs(tokenized, compute, "Scoring")
-        self.model.train(training)
+        with evaluating(self.model):
+            columns = self._over_pairs(tokenized, compute, "Scoring")
         return {"row": np.asarray(tokenized["row"][:])} | {k: v.double().numpy() for k, v in columns.items()}
-
-
-def _disable_dropout(model):
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0

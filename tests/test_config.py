@@ -1,0 +1,170 @@
+"""MallowsConfig: every field changes something, and values that cannot be meant are refused."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny import cache_files, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
+from transformers import HfArgumentParser, TrainingArguments
+
+from mallowspo import MallowsConfig, presets
+from mallowspo.data import tokenize_pairs
+
+BOTH_COLUMNS = {"agreement": [0.6, 0.9, 0.75], "neg_log_dispersion": [0.1, 1.0, 3.0]}
+
+
+def losses(folder, **options):
+    """The losses of a short run, the first of which depends on no beta and the second on everything."""
+    trainer = tiny_trainer(folder, **{"train_dataset": tiny_pairs(3, **BOTH_COLUMNS)} | options)
+    trainer.train()
+    return [log["loss"] for log in train_logs(trainer)]
+
+
+def files(folder, **options):
+    """Where the reference pass was kept."""
+    tiny_trainer(folder, **options)
+    return [path.name for path in cache_files(folder)]
+
+
+def pass_lengths(folder, **options):
+    """Tokens that each forward of the reference pass sends to the head."""
+    model, seen = tiny_model(), []
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[:-1].numel()))
+    tiny_trainer(folder, model=model, **options)
+    return seen
+
+
+def width(folder, **options):
+    trainer = tiny_trainer(folder, **options)
+    return trainer.data_collator(list(tokenize_pairs(trainer.train_dataset, tiny_tokenizer())))["input_ids"].shape[1]
+
+
+def lengths(folder, **options):
+    trainer = tiny_trainer(folder, **options)
+    return trainer.score(trainer.train_dataset)["chosen_tokens"].tolist()
+
+
+def dtype(folder, **options):
+    tiny_model().save_pretrained(folder / "model")
+    return tiny_trainer(folder, model=str(folder / "model"), **options).model.dtype
+
+
+MEASURED = {"dispersion_source": "neg_log_dispersion"}
+# field: (value, what else must be set, what to look at). The field's default gives another outcome.
+TABLE = {
+    "learning_rate": (0.1, MEASURED, losses),
+    "logging_steps": (1, {"max_steps": 10, **MEASURED}, lambda *a, **k: len(losses(*a, **k))),
+    "loss_type": ("mallows-phi", MEASURED, losses),
+    "beta": (0.7, MEASURED, losses),
+    "gamma": (0.3, MEASURED, losses),
+    "label_smoothing": (0.2, MEASURED, losses),
+    "smoothing": (0.2, {"loss_type": "mallows-phi", "beta": 2.0, **MEASURED}, losses),
+    "sft_weight": (0.5, MEASURED, losses),
+    "dispersion_source": ("agreement", {"train_dataset": tiny_pairs(3, neg_log_dispersion=[1.0, 2.0, 3.0])}, None),
+    "dispersion_scale": (3.0, MEASURED, losses),
+    "precompute_ref_log_probs": (True, {"loss_type": "dpo"}, files),
+    "reference_cache_dir": ("elsewhere", {}, files),
+    "precompute_ref_batch_size": (1, {}, pass_lengths),
+    "max_length": (5, {}, lengths),
+    "pad_to_multiple_of": (32, {}, width),
+    "dataset_num_proc": (2, {}, None),
+    "disable_dropout": (False, {"model": "dropout", **MEASURED}, losses),
+    "model_init_kwargs": ({"dtype": "bfloat16"}, {}, dtype),
+    "remove_unused_columns": (True, {}, None),
+}
+
+
+def own_fields():
+    inherited = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    return {
+        f.name for f in dataclasses.fields(MallowsConfig) if inherited.get(f.name, dataclasses.MISSING) != f.default
+    }
+
+
+def test_the_table_has_every_field():
+    assert own_fields() == TABLE.keys()
+
+
+@pytest.mark.parametrize("field", [name for name, (*_, look) in TABLE.items() if look])
+def test_every_field_changes_something(tmp_path, monkeypatch, field):
+    monkeypatch.chdir(tmp_path)
+    value, others, look = TABLE[field]
+    default = next(f.default for f in dataclasses.fields(MallowsConfig) if f.name == field)
+    outcomes = []
+    for number, setting in enumerate((default, default, value)):
+        options = dict(others)
+        if "model" in options:
+            options["model"] = tiny_model(attention_dropout=0.5)
+        outcomes.append(look(tmp_path / str(number), **options, **{field: setting}))
+    assert outcomes[0] == outcomes[1] != outcomes[2]
+
+
+def test_dataset_num_proc_is_handed_on(tmp_path, monkeypatch):
+    seen = []
+
+    def spy(*args, num_proc, **kwargs):
+        seen.append(num_proc)
+        return tokenize_pairs(*args, **kwargs)
+
+    monkeypatch.setattr("mallowspo.trainer.tokenize_pairs", spy)
+    tiny_trainer(tmp_path)
+    tiny_trainer(tmp_path, dataset_num_proc=2)
+    assert seen == [None, 2]
+
+
+def test_dispersion_source(tmp_path):
+    data = tiny_pairs(3, **BOTH_COLUMNS)
+    found = {
+        s: losses(tmp_path / s, train_dataset=data, dispersion_source=s, seed=1) for s in ("agreement", "entropy")
+    }
+    found["column"] = losses(tmp_path / "column", train_dataset=data, seed=1, **MEASURED)
+    assert len({curve[-1] for curve in found.values()}) == 3
+
+
+REFUSED = [
+    ({"loss_type": "sigmoid"}, "unknown preset 'sigmoid'.*mallows-theta.*TRL's 'sigmoid' is 'dpo'"),
+    ({"loss_type": "mallows"}, "unknown preset 'mallows'"),
+    ({"beta": 0.0}, "beta must be finite and positive, got 0.0"),
+    ({"beta": float("nan")}, "beta must be finite"),
+    ({"gamma": float("inf")}, "gamma must be finite, got inf"),
+    ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
+    ({"loss_type": "robust-dpo", "label_smoothing": 0.0}, "robust=True corrects label_smoothing, which is 0"),
+    ({"smoothing": 0.5}, "smoothing=0.5 is read by the link 'mallows-phi' alone"),
+    ({"sft_weight": -1.0}, "sft_weight must be finite and >= 0, got -1.0"),
+    ({"dispersion_scale": 0}, "dispersion_scale must be positive and finite, got 0.0"),
+    ({"dispersion_scale": -0.3}, "positive and finite, got -0.3"),
+    ({"dispersion_scale": float("nan")}, "positive and finite, got nan"),
+    ({"dispersion_scale": "inf"}, "positive and finite, got inf"),
+    ({"dispersion_scale": "large"}, "dispersion_scale must be 'auto' or a number, got 'large'"),
+    ({"dispersion_scale": None}, "dispersion_scale must be 'auto' or a number, got None"),
+    ({"dispersion_source": "votes"}, "unknown dispersion_source 'votes'.*neg_log_dispersion, agreement, entropy"),
+    ({"loss_type": "dpo", "dispersion_source": "entropy"}, "'dpo' uses no dispersion"),
+    ({"loss_type": "ipo", "dispersion_scale": 0.3}, "'ipo' uses no dispersion"),
+    ({"label_smoothing_factor": 0.1}, "smooths token labels, not preferences; set label_smoothing"),
+    ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
+]
+
+
+@pytest.mark.parametrize("options, match", REFUSED, ids=[str(options) for options, _ in REFUSED])
+def test_impossible_values(tmp_path, options, match):
+    with pytest.raises(ValueError, match=match):
+        MallowsConfig(output_dir=str(tmp_path), **options)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_is_a_loss_type(tmp_path, name):
+    args = MallowsConfig(output_dir=str(tmp_path), loss_type=name, beta=0.5)
+    assert args.objective().beta == 0.5 and dataclasses.replace(args).objective() == args.objective()
+
+
+def test_from_the_command_line(tmp_path):
+    line = f"--output_dir {tmp_path} --loss_type mallows-phi --beta 0.2 --dispersion_scale 0.29 --smoothing 0.5"
+    line += " --max_length 99 --precompute_ref_log_probs true --learning_rate 5e-7"
+    (args,) = HfArgumentParser(MallowsConfig).parse_args_into_dataclasses(
+        [*line.split(), "--model_init_kwargs", '{"dtype": "bfloat16"}']
+    )
+    assert (args.beta, args.smoothing, args.dispersion_scale, args.max_length) == (0.2, 0.5, 0.29, 99)
+    assert args.precompute_ref_log_probs is True and args.learning_rate == 5e-7
+    assert args.model_init_kwargs == {"dtype": torch.bfloat16} or args.model_init_kwargs == {"dtype": "bfloat16"}
+    (args,) = HfArgumentParser(MallowsConfig).parse_args_into_dataclasses(["--output_dir", str(tmp_path)])
+    assert args == MallowsConfig(output_dir=str(tmp_path)) and args.dispersion_scale == "auto" and args.beta is None
