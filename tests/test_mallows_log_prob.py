@@ -28,10 +28,10 @@ def with_gradients(margin, dispersion, **options):
     return [x.detach().double() for x in (value, *torch.autograd.grad(value.sum(), (margin, dispersion)))]
 
 
-def log_uniform(generator, count, low, high):
-    """Exact in float32."""
+def log_uniform(generator, count, low, high, dtype):
+    """With all digits of the dtype: products of shorter numbers would be exact and hide their rounding."""
     x = torch.rand(count, generator=generator, dtype=torch.float64)
-    return (math.log(low) + x * (math.log(high) - math.log(low))).exp().clamp(low, high).float()
+    return (math.log(low) + x * (math.log(high) - math.log(low))).exp().clamp(low, high).to(dtype)
 
 
 def assert_within_ulps(value, exact, dtype):
@@ -44,10 +44,10 @@ def assert_within_ulps(value, exact, dtype):
 @pytest.mark.parametrize("low, high", [(1.0, 1e4), (1.0, 50.0), (1e-12, 1.0)])
 def test_the_definition_in_50_digits(dtype, low, high):
     generator = torch.Generator().manual_seed(0)
-    margin = log_uniform(generator, 400, low, high) * (torch.randint(2, (400,), generator=generator) * 2 - 1)
-    dispersion = log_uniform(generator, 400, 1e-6, 1e3)
+    margin = log_uniform(generator, 400, low, high, dtype) * (torch.randint(2, (400,), generator=generator) * 2 - 1)
+    dispersion = log_uniform(generator, 400, 1e-6, 1e3, dtype)
     smoothing = 0.0 if low < 1 else 1.0
-    values = F.mallows_log_prob(margin.to(dtype), dispersion.to(dtype), smoothing=smoothing)
+    values = F.mallows_log_prob(margin, dispersion, smoothing=smoothing)
     with mp.workdps(50):
         for value, z, a in zip(values.tolist(), margin.tolist(), dispersion.tolist(), strict=True):
             losing = exact_log_losing(mp.mpf(abs(z)), mp.mpf(a))
@@ -58,10 +58,10 @@ def test_the_definition_in_50_digits(dtype, low, high):
 @pytest.mark.parametrize("smoothing", [0.25, 1.0, 2.0])
 def test_the_smoothed_part_in_50_digits(dtype, smoothing):
     generator = torch.Generator().manual_seed(0)
-    margin = (torch.rand(100, generator=generator) * 2 - 1) * smoothing
-    margin[:3] = torch.tensor([0.0, smoothing * (1 - 2**-20), -smoothing * (1 - 2**-20)])
-    dispersion = log_uniform(generator, 100, 1e-6, 1e3)
-    values = F.mallows_log_prob(margin.to(dtype), dispersion.to(dtype), smoothing=smoothing)
+    margin = (torch.rand(100, generator=generator, dtype=dtype) * 2 - 1) * smoothing
+    margin[:3] = torch.tensor([0.0, 1 - 2**-20, 2**-20 - 1], dtype=dtype) * smoothing
+    dispersion = log_uniform(generator, 100, 1e-6, 1e3, dtype)
+    values = F.mallows_log_prob(margin, dispersion, smoothing=smoothing)
     with mp.workdps(100):  # 50 for the result, 50 for what the definition loses by cancellation
         for value, z, a in zip(values.tolist(), margin.tolist(), dispersion.tolist(), strict=True):
             assert_within_ulps(value, mp.log(exact_smoothed_g(mp.mpf(z), mp.mpf(a), smoothing)), dtype)
@@ -119,7 +119,7 @@ def test_nan_stays_nan(smoothing):
 @pytest.mark.parametrize("smoothing", [0.0, 0.25, 1.0])
 def test_increases_with_the_margin(dtype, smoothing):
     margin = torch.linspace(-40, 40, 2561, dtype=dtype)  # multiples of 1/32
-    dispersion = log_uniform(torch.Generator().manual_seed(0), 20, 1e-3, 1e2).to(dtype).unsqueeze(-1)
+    dispersion = log_uniform(torch.Generator().manual_seed(0), 20, 1e-3, 1e2, dtype).unsqueeze(-1)
     value, d_margin, _ = with_gradients(margin, dispersion, smoothing=smoothing)
     steps = value.diff(dim=-1)
     assert (steps >= 0).all() and (d_margin >= 0).all()

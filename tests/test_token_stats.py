@@ -146,6 +146,17 @@ def test_equal_logits_are_uniform_at_any_temperature(dtype, logit, temperature, 
     assert abs(logps.item() + exact) <= tolerance and abs(entropy.item() - exact) <= tolerance
 
 
+@pytest.mark.parametrize("dtype, low, high", [(torch.float32, 17, 87), (torch.float64, 37, 708)])
+def test_the_exponential_is_within_one_eps(dtype, low, high):
+    """Beside a logit so much larger that log s is 0, the gradient of the other one is minus its exponential."""
+    margin = torch.linspace(low, high, 20_001, dtype=torch.float64)[1:-1].to(dtype)
+    logits, labels = torch.stack([torch.zeros_like(margin), -margin], 1), torch.zeros(len(margin), dtype=torch.long)
+    logps, _, gradient = with_gradient(F.token_stats, logits, labels, (torch.ones_like(margin), None))
+    exact = torch.tensor([math.exp(-x) for x in margin.tolist()], dtype=torch.float64)
+    assert not logps.any()
+    assert ((-gradient[:, 1] / exact - 1).abs() <= torch.finfo(dtype).eps).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_half_precision_is_float32_rounded_once(dtype, temperature):

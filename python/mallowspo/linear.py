@@ -51,7 +51,7 @@ class LinearTokenStatsFunction(torch.autograd.Function):
             state[:, rows] = chunk
         row_max, log_sum, entropy, logps = state.unbind()
         if keeps_direction:
-            own = -torch.expm1(logps)[:, None] * weight[labels.clamp(min=0)] / temperature
+            own = -torch.expm1(logps)[:, None] * weight[labels.masked_fill(labels == ignore_index, 0)] / temperature
             direction = own + direction * torch.exp(-log_sum)[:, None]
             direction = direction.masked_fill_((labels == ignore_index)[:, None], 0).to(hidden.dtype)
         ctx.save_for_backward(hidden, weight, bias, labels, entropy, row_max, log_sum, direction)

@@ -1,0 +1,189 @@
+"""linear_token_stats over tiles, chunks and a frozen head: every way to the numbers ends at the same numbers."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mallowspo import functional as F
+from mallowspo import reference
+
+N, D, V = 9, 4, 23
+ops = torch.ops.mallowspo
+OPTIONS = ({}, {"temperature": 0.7}, {"softcap": 3.0})
+TRAINED = (["hidden"], ["hidden", "bias"], ["weight"], ["hidden", "weight", "bias"])
+OUTPUTS = {"logps": (0,), "entropy": (1,), "both": (0, 1)}
+
+
+def head(dtype=torch.float64, scale=1.0):
+    """{hidden, weight, bias}, labels of which two are ignored, gradients of both results."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"hidden": (N, D), "weight": (V, D), "bias": (V,)}
+    tensors = {
+        name: (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+        for name, shape in shapes.items()
+    }
+    labels = torch.randint(V, (N,), generator=generator)
+    labels[2::5] = -100
+    return tensors, labels, torch.randn(2, N, generator=generator, dtype=torch.float64)
+
+
+def whole(hidden, weight, labels, *, bias=None, softcap=None, **options):
+    """The definition, in eager PyTorch on whole logits."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return reference.torch_token_stats(logits, labels, **options)
+
+
+def run(function, tensors, labels, grads, trained, outputs=(0, 1), **options):
+    """[logps, entropy, gradients of what is trained]."""
+    leaves = {name: x.detach().requires_grad_(name in trained) for name, x in tensors.items()}
+    stats = function(leaves["hidden"], leaves["weight"], labels, bias=leaves.get("bias"), **options)
+    used = [stats[i] for i in outputs]
+    gradients = torch.autograd.grad(
+        used, [leaves[name] for name in trained], [grads[i].to(x.dtype) for i, x in zip(outputs, used, strict=True)]
+    )
+    return [*(x.detach() for x in stats), *gradients]
+
+
+def tiles(columns, chunk_tokens, dtype=torch.float64, softcap=None):
+    """The options that make tiles of so many columns."""
+    item = dtype.itemsize + (12 if softcap else 0)
+    return {"memory_budget": columns * chunk_tokens * item, "chunk_tokens": chunk_tokens}
+
+
+@pytest.mark.parametrize("trained", TRAINED, ids="+".join)
+@pytest.mark.parametrize("columns", [1, 7, V])
+@pytest.mark.parametrize("chunk_tokens", [1, 4, N])
+@pytest.mark.parametrize("outputs", OUTPUTS)
+def test_every_way_in_float64(trained, columns, chunk_tokens, outputs):
+    for options in OPTIONS:
+        cut = tiles(columns, chunk_tokens, softcap=options.get("softcap"))
+        arguments = *head(), trained, OUTPUTS[outputs]
+        actual, expected = run(F.linear_token_stats, *arguments, **options, **cut), run(whole, *arguments, **options)
+        for one, two in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", [["hidden"], ["hidden", "weight", "bias"]], ids="+".join)
+@pytest.mark.parametrize("columns", [5, V])
+def test_every_way_is_as_accurate_as_whole_logits(dtype, trained, columns):
+    """Against the same in float64: an error of at most that of whole logits in this dtype, plus the roundings of the
+    terms that a logit, and a gradient, is the sum of (half precision multiplies in float32 and rounds once a tile)."""
+    tensors, labels, grads = head(dtype)
+    wide = {name: x.double() for name, x in tensors.items()}
+    terms = (wide["hidden"].abs() @ wide["weight"].abs().T + wide["bias"].abs()).max()
+    roundings = D + 1 if dtype == torch.float32 else math.ceil(V / columns)
+    for outputs in OUTPUTS.values():
+        ours = run(F.linear_token_stats, tensors, labels, grads, trained, outputs, **tiles(columns, N, dtype))
+        peers = run(whole, tensors, labels, grads, trained, outputs)
+        exact = run(whole, wide, labels, grads, trained, outputs)
+        for i, (actual, peer, right) in enumerate(zip(ours, peers, exact, strict=True)):
+            unit = roundings * torch.finfo(dtype).eps / 2 * terms * (1 if i < 2 else right.abs().max())
+            assert actual.dtype == peer.dtype
+            assert (actual - right).abs().max() <= (peer - right).abs().max() + unit
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 3, V, 10**6])
+@pytest.mark.parametrize("trained", TRAINED, ids="+".join)
+def test_any_label_can_be_the_ignored_one(ignore_index, trained):
+    tensors, labels, grads = head()
+    labels[labels == 3] = 4
+    labels[2::5] = ignore_index
+    for columns in (7, V):
+        actual = run(
+            F.linear_token_stats, tensors, labels, grads, trained, ignore_index=ignore_index, **tiles(columns, N)
+        )
+        expected = run(whole, tensors, labels, grads, trained, ignore_index=ignore_index)
+        assert not actual[0][2::5].any() and not actual[1][2::5].any()
+        for one, two in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("trained", [["hidden"], ["hidden", "weight"]], ids="+".join)
+@pytest.mark.parametrize("masked", [slice(0, 8), slice(8, 16), slice(16, V)], ids=["first", "middle", "last"])
+def test_masked_entries_of_the_vocabulary(trained, masked):
+    """A bias of -inf, as for padding rows of a head, over the whole of the first, a middle or the last tile."""
+    tensors, labels, grads = head()
+    tensors["bias"][masked] = -math.inf
+    labels[0] = masked.start  # a label on a masked entry: -inf
+    for outputs in OUTPUTS.values():
+        actual = run(F.linear_token_stats, tensors, labels, grads, trained, outputs, **tiles(8, N))
+        expected = run(whole, tensors, labels, grads, trained, outputs)
+        assert actual[0][0] == -math.inf and actual[1].isfinite().all()
+        for one, two in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("trained", [["hidden"], ["hidden", "weight"]], ids="+".join)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("columns", [7, V])
+def test_an_undefined_token_is_nan_alone(trained, bad, columns):
+    tensors, labels, grads = head()
+    clean = run(F.linear_token_stats, tensors, labels, grads, ["hidden"], **tiles(columns, N))
+    tensors["hidden"][1, 0] = bad
+    actual = run(F.linear_token_stats, tensors, labels, grads, trained, **tiles(columns, N))
+    others = torch.arange(N) != 1
+    for one, right in zip(actual[:3], clean, strict=True):
+        assert one[1].isnan().all()
+        torch.testing.assert_close(one[others], right[others], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_maximum_that_leaps_from_tile_to_tile(dtype, order):
+    """Each tile's logits are 200 above, or below, the last one's: one of the two is scaled away to 0, not to NaN."""
+    tensors, labels, grads = head(dtype, scale=0.1)
+    leaps = torch.arange(V) // 5
+    tensors["bias"] = tensors["bias"] + 200 * (leaps if order > 0 else leaps.flip(0))
+    actual = run(F.linear_token_stats, tensors, labels, grads, ["hidden"], (0,), **tiles(5, N, dtype))
+    wide = {name: x.double() for name, x in tensors.items()}
+    expected = run(whole, wide, labels, grads, ["hidden"], (0,))
+    tolerance = 1000 * torch.finfo(dtype).eps  # of a logit near 1000
+    for one, two in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one.double(), two, rtol=tolerance, atol=tolerance)
+
+
+# --- the tile operators against whole rows ---------------------------------------------------------------------------
+
+
+@settings(max_examples=100)
+@given(
+    dtype=st.sampled_from(F.DTYPES),
+    vocab=st.sampled_from([1, 2, 17, 64, 1024, 1025, 2500]),
+    cuts=st.lists(st.integers(1, 2499), max_size=3),
+    temperature=st.sampled_from([1.0, 0.7]),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_tiles_add_up_to_whole_rows(dtype, vocab, cuts, temperature, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(4, vocab, generator=generator, dtype=torch.float64) * 3).to(dtype)
+    logits[torch.rand(4, vocab, generator=generator) < 0.1] = -math.inf
+    logits[:, -1] = 0.0
+    labels = torch.randint(vocab, (4,), generator=generator)
+    labels[1] = -100
+    logps, entropy, row_max, log_sum = ops.token_stats(logits, labels, -100, temperature)
+
+    state = torch.zeros(4, 4, dtype=logps.dtype)
+    state[0] = torch.finfo(state.dtype).min
+    bounds = sorted({0, vocab, *(cut for cut in cuts if cut < vocab)})
+    parts = list(zip(bounds, bounds[1:], strict=False))
+    for start, stop in parts:
+        ops.token_stats_tile(state, logits[:, start:stop], labels, start, vocab, -100, temperature)
+    assert torch.equal(state[0], row_max)
+    tolerance = 8 * torch.finfo(state.dtype).eps  # the sums run in another order
+    for actual, right in zip(state[1:], (log_sum, entropy, logps), strict=True):
+        torch.testing.assert_close(actual, right, rtol=tolerance, atol=tolerance)
+
+    saved = entropy, row_max, log_sum
+    grads = torch.randn(2, 4, generator=generator, dtype=torch.float64).to(logps.dtype)
+    expected = ops.token_stats_backward(*grads, logits, labels, *saved, -100, temperature)
+    for start, stop in parts:
+        ops.token_stats_backward_tile(
+            logits[:, start:stop], *grads, labels, *saved, start, vocab, -100, temperature
+        )  # in place
+    assert torch.equal(logits, expected)
