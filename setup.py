@@ -30,5 +30,10 @@ class CMakeBuild(build_ext):
                     "or the compiler's first error, says why"
                 )
 
+    def copy_extensions_to_source(self):  # an editable install: the operators' library goes along with _C
+        super().copy_extensions_to_source()
+        for library in Path(self.build_lib, "mallowspo").glob("libmallowspo.*"):
+            self.copy_file(library, ROOT / "python" / "mallowspo" / library.name)
+
 
 setup(ext_modules=[Extension("mallowspo._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

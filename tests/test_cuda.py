@@ -95,16 +95,22 @@ def test_more_rows_than_blocks(dtype):
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_linear_token_stats(softcap):
+@pytest.mark.parametrize("columns", [7, 50])
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_linear_token_stats(softcap, columns, frozen_head):
     generator = torch.Generator().manual_seed(0)
     shapes = (11, 8), (50, 8), (50,)
     hidden, weight, bias = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
     labels = torch.randint(50, (11,), generator=generator)
 
-    def function(hidden, weight, bias, labels):
-        return F.linear_token_stats(hidden, weight, labels, bias=bias, softcap=softcap, chunk_tokens=4)
+    def function(hidden, labels, weight=weight, bias=bias):
+        cut = {"chunk_tokens": 4, "memory_budget": 4 * 8 * columns}
+        weight, bias = weight.to(hidden.device), bias.to(hidden.device)
+        stats = F.linear_token_stats(hidden, weight, labels, bias=bias, softcap=softcap, **cut)
+        return stats[:1] if frozen_head else stats
 
-    assert_same(on_both_devices(function, hidden, weight, bias, labels), roundings=100)
+    head = () if frozen_head else (weight, bias)
+    assert_same(on_both_devices(function, hidden, labels, *head), roundings=100)
 
 
 @dtypes

@@ -80,6 +80,8 @@ def test_opcheck_token_stats_backward(dtype, present):
     _, *saved = ops.token_stats(logits, labels, -100, 0.7)
     grads = [torch.ones(labels.shape, dtype=result_dtype(dtype)) if here else None for here in present]
     torch.library.opcheck(ops.token_stats_backward, (*grads, logits, labels, *saved, -100, 0.7))
+    transposed = [x if x is None else x.transpose(0, 1) for x in (*grads, logits, labels, *saved)]
+    torch.library.opcheck(ops.token_stats_backward, (*transposed, -100, 0.7))
 
 
 @dtypes

@@ -146,8 +146,8 @@ def sequence_stats(model, batch):
 def load_model(model, init_kwargs=None):
     """A model as it is, or ``AutoModelForCausalLM.from_pretrained`` of a name or folder.
 
-    In float32 unless init_kwargs has a dtype: the checkpoint's own is mostly bfloat16, whose resolution loses updates as
-    small as preference tuning's.
+    In float32 unless init_kwargs has a dtype: the checkpoint's own is mostly bfloat16, whose resolution loses updates
+    as small as preference tuning's.
     """
     if not isinstance(model, str | Path):
         return unprepared(model)
@@ -159,7 +159,9 @@ def load_model(model, init_kwargs=None):
 
 def unprepared(model):
     """The model without what an accelerator that prepared it before has left on it: wrapper, autocast, mark."""
-    model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    model = extract_model_from_parallel(model)
+    if "_original_forward" in vars(model):
+        model.forward = vars(model).pop("_original_forward")
     vars(model).pop("_is_accelerate_prepared", None)
     return model
 

@@ -269,9 +269,9 @@ def order_sentence(order):
     """What :func:`compare_with_human_order` found, in words."""
     if order["spearman"] is None:
         return f"The index cannot be compared with a person's order of the topics ({order['topics']} of them known)."
-    verdict = "yes, beyond chance" if order["spearman"] > 0 else "no, beyond chance the other way round"
+    verdict = "more than chance gives" if order["spearman"] > 0 else "the other way round, more than chance gives"
     if order["p_value"] >= 0.05:
-        verdict = "not shown, chance could give this"
+        verdict = "chance could give this"
     return (
         f"Does the index order topics as a person would? Spearman correlation {order['spearman']:+.2f} "
         f"over {order['topics']} topics, p = {order['p_value']:.3f}: {verdict}."
