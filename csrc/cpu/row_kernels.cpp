@@ -1,6 +1,8 @@
 // token_stats forward and backward over a range of rows. Compiled once per instruction set with MALLOWSPO_ISA naming the
-// namespace. A row is read in blocks that stay in the L1 cache: one sweep for the block's maximum, one for the sums.
+// namespace. A row is read once, in blocks that stay in the L1 cache.
 #include "row_kernels.h"
+
+#include <type_traits>
 
 #include "../core/token_stats.h"
 #include "simd.h"
@@ -8,7 +10,8 @@
 namespace mallowspo::cpu::MALLOWSPO_ISA {
 namespace {
 
-constexpr int64_t block = 1024;  // elements; a multiple of four vectors
+constexpr int64_t block = 512;  // elements; a multiple of four vectors
+constexpr int prefetch_distance = 4096;  // bytes: the hardware's prefetcher stops at every page
 
 template <class T>
 struct Accumulator {
@@ -24,88 +27,110 @@ using acc_t = typename Accumulator<T>::type;
 constexpr float lowest(float) { return -3.402823466e38f; }
 constexpr double lowest(double) { return -1.7976931348623157e308; }
 
-// The block's logits as acc_t times the inverse temperature, padded with -inf to a multiple of four vectors; the row
-// itself where nothing needs to change. `count` becomes the padded length.
+// A block's logits as acc_t times the inverse temperature, padded with -inf to a whole number of groups; returns the
+// padded length. Rounded here, once: fused with the subtraction of m they would not be the logits that m was chosen from.
 template <class T>
-const acc_t<T>* staged(const T* row, int64_t& count, acc_t<T> inverse_temperature, acc_t<T>* scratch) {
-  using A = acc_t<T>;
-  constexpr int64_t group = 4 * Simd<A>::width;
+int64_t stage(const T* row, int64_t count, acc_t<T> inverse_temperature, acc_t<T>* scratch) {
+  constexpr int64_t group = 4 * Simd<acc_t<T>>::width;
   const int64_t padded = (count + group - 1) / group * group;
-  if constexpr (sizeof(T) == sizeof(A)) {
-    if (padded == count && inverse_temperature == 1) return row;
-  }
   for (int64_t k = 0; k < count; ++k) scratch[k] = widen(row[k]) * inverse_temperature;
-  for (int64_t k = count; k < padded; ++k) scratch[k] = -static_cast<A>(__builtin_inf());
-  count = padded;
-  return scratch;
+  for (int64_t k = count; k < padded; ++k) scratch[k] = -static_cast<acc_t<T>>(__builtin_inf());
+  return padded;
 }
 
+// What is known of a row after some of its logits; the sums by SIMD lane.
 template <class A>
-A block_max(const A* x, int64_t count) {
-  constexpr int w = Simd<A>::width;
-  Vec<A> m0 = load(x), m1 = load(x + w), m2 = load(x + 2 * w), m3 = load(x + 3 * w);
-  for (int64_t k = 4 * w; k < count; k += 4 * w) {
-    m0 = larger(m0, load(x + k));
-    m1 = larger(m1, load(x + k + w));
-    m2 = larger(m2, load(x + k + 2 * w));
-    m3 = larger(m3, load(x + k + 3 * w));
-  }
-  return max_of<A>(larger(larger(m0, m1), larger(m2, m3)));
-}
+struct RowState {
+  A m;
+  Partial<Vec<A>> sums;
+  A label_logit;
+
+  Partial<A> total() const { return {sum_of<A>(sums.s), sum_of<A>(sums.t)}; }
+};
 
 // l - m, kept above the underflow so that a logit of -inf contributes 0 * finite = 0; NaN stays NaN.
 template <class A>
 Vec<A> shifted(Vec<A> l, A m) {
-  const Vec<A> d = l - m, floor = Vec<A>{} + 2 * Simd<A>::underflow;
-  return d < floor ? floor : d;
+  return larger(Vec<A>{} + 2 * Simd<A>::underflow, l - m);
+}
+
+template <class S>
+acc_t<S> block_max(const S* x, int64_t count) {
+  using A = acc_t<S>;
+  Vec<A> top = Vec<A>{} + lowest(A{});
+  for (int64_t k = 0; k < count; k += Packed<S>::count * Simd<A>::width)
+    for (const Vec<A>& logits : unpack(x + k).v) top = larger(logits, top);
+  return max_of<A>(top);
 }
 
 template <class A>
-Partial<Vec<A>> block_sums(const A* x, int64_t count, A m) {
-  constexpr int w = Simd<A>::width;
-  Partial<Vec<A>> p[4] = {};
-  for (int64_t k = 0; k < count; k += 4 * w)
-    for (int u = 0; u < 4; ++u) {
-      const Vec<A> d = shifted<A>(load(x + k + u * w), m);
-      accumulate(p[u], d, exp_of(d));
-    }
-  return {(p[0].s + p[1].s) + (p[2].s + p[3].s), (p[0].t + p[1].t) + (p[2].t + p[3].t)};
-}
-
-// What is known of a row after some of its logits.
-template <class A>
-struct RowState {
-  A m;
-  Partial<A> sums;
-  A label_logit;
+struct BlockSums {
+  Partial<Vec<A>> sums;
+  bool below;  // nothing reached m: no term was as large as 1; nor was there a -inf or a NaN
 };
+
+// `count` logits, a multiple of four vectors, against m. Not `guarded`, a -inf makes the sums NaN.
+template <bool guarded, class S>
+BlockSums<acc_t<S>> block_sums(const S* x, int64_t count, acc_t<S> m) {
+  using A = acc_t<S>;
+  constexpr int per_load = Packed<S>::count, loads = 4 / per_load;
+  Partial<Vec<A>> p[4] = {};
+  for (int64_t k = 0; k < count; k += 4 * Simd<A>::width)
+    for (int u = 0; u < loads; ++u) {
+      const S* at = x + k + u * per_load * Simd<A>::width;
+      __builtin_prefetch(reinterpret_cast<const char*>(at) + prefetch_distance);
+      const Packed<S> logits = unpack(at);
+      for (int i = 0; i < per_load; ++i) {
+        const Vec<A> d = guarded ? shifted<A>(logits.v[i], m) : logits.v[i] - m;
+        accumulate(p[u * per_load + i], d, exp_of(d));
+      }
+    }
+  const Vec<A> most = larger(larger(p[0].s, p[1].s), larger(p[2].s, p[3].s));
+  const Partial<Vec<A>> sums = {(p[0].s + p[1].s) + (p[2].s + p[3].s), (p[0].t + p[1].t) + (p[2].t + p[3].t)};
+  return {sums, !any_of((most >= 1) | ~(sums.t <= 0))};
+}
+
+// Adds a block to the row. Most blocks hold nothing above the maximum so far: one sweep is tried against that one, and
+// made again where it turns out otherwise.
+template <class S>
+void add_block(const S* x, int64_t count, RowState<acc_t<S>>& state) {
+  using A = acc_t<S>;
+  BlockSums<A> block{};
+  if (state.m > lowest(A{})) block = block_sums<false>(x, count, state.m);
+  if (!block.below) {
+    const A top = block_max(x, count);
+    if (top > state.m || any_of(block.sums.t - block.sums.t != 0) || state.m == lowest(A{})) {
+      if (top > state.m) {
+        const Vec<A> delta = shifted<A>(Vec<A>{} + state.m, top);
+        shift(state.sums, delta, exp_of(delta));
+        state.m = top;
+      }
+      block = block_sums<true>(x, count, state.m);
+    }
+  }
+  state.sums.s += block.sums.s;
+  state.sums.t += block.sums.t;
+}
 
 template <class T>
 void read_row(const TokenStatsArgs& args, int64_t r, acc_t<T>* scratch, RowState<acc_t<T>>& state) {
   using A = acc_t<T>;
   const T* row = static_cast<const T*>(args.logits) + args.layout.offset(r);
-  const A inverse_temperature = static_cast<A>(args.inverse_temperature);
   const int64_t label = args.labels[r] - args.first_entry;
-  Partial<Vec<A>> sums = {};
-  sums.s[0] = state.sums.s;
-  sums.t[0] = state.sums.t;
   for (int64_t start = 0; start < args.vocab; start += block) {
-    int64_t count = args.vocab - start < block ? args.vocab - start : block;
+    const int64_t count = args.vocab - start < block ? args.vocab - start : block;
     const bool has_label = label >= start && label < start + count;
-    const A* x = staged(row + start, count, inverse_temperature, scratch);
-    // Not recomputed from the row: fused with the subtraction of m it would be rounded otherwise than in the sums.
-    if (has_label) state.label_logit = x[label - start];
-    const A top = block_max(x, count);
-    if (top > state.m) {
-      const Vec<A> delta = shifted<A>(Vec<A>{} + state.m, top);
-      shift(sums, delta, exp_of(delta));
-      state.m = top;
+    if constexpr (!std::is_same_v<T, Float16>) {
+      if (count == block && args.inverse_temperature == 1) {
+        if (has_label) state.label_logit = widen(row[label]);
+        add_block(row + start, count, state);
+        continue;
+      }
     }
-    const Partial<Vec<A>> more = block_sums(x, count, state.m);
-    sums.s += more.s;
-    sums.t += more.t;
+    const int64_t padded = stage(row + start, count, static_cast<A>(args.inverse_temperature), scratch);
+    if (has_label) state.label_logit = scratch[label - start];
+    add_block(scratch, padded, state);
   }
-  state.sums = {sum_of<A>(sums.s), sum_of<A>(sums.t)};
 }
 
 template <class T>
@@ -119,11 +144,12 @@ void forward(const TokenStatsArgs& args, int64_t begin, int64_t end) {
       logps[r] = entropy[r] = row_max[r] = log_sum[r] = 0;
       continue;
     }
-    RowState<A> state{lowest(A{}), {0, 0}, 0};
+    RowState<A> state{lowest(A{}), {}, 0};
     read_row<T>(args, r, scratch, state);
-    const A log_s = std::log(state.sums.s);
+    const Partial<A> sums = state.total();
+    const A log_s = std::log(sums.s);
     logps[r] = log_prob_of(state.label_logit, state.m, log_s);
-    entropy[r] = entropy_of(log_s, state.sums);
+    entropy[r] = entropy_of(log_s, sums);
     row_max[r] = state.m;
     log_sum[r] = log_s;
   }
@@ -140,48 +166,69 @@ void tile(const TokenStatsTileArgs& args, int64_t begin, int64_t end) {
       row_max[r] = sum[r] = weighted[r] = label_logit[r] = 0;
       continue;
     }
-    RowState<A> state{row_max[r], {sum[r], weighted[r]}, label_logit[r]};
+    RowState<A> state{row_max[r], {}, label_logit[r]};
+    state.sums.s[0] = sum[r];
+    state.sums.t[0] = weighted[r];
     read_row<T>(args.tile, r, scratch, state);
-    const A log_s = std::log(state.sums.s);
+    const Partial<A> sums = state.total();
+    const A log_s = std::log(sums.s);
     row_max[r] = state.m;
-    sum[r] = args.last() ? log_s : state.sums.s;
-    weighted[r] = args.last() ? entropy_of(log_s, state.sums) : state.sums.t;
+    sum[r] = args.last() ? log_s : sums.s;
+    weighted[r] = args.last() ? entropy_of(log_s, sums) : sums.t;
     label_logit[r] = args.last() ? log_prob_of(state.label_logit, state.m, log_s) : state.label_logit;
   }
 }
+
+template <class A>
+struct RowGradient {
+  A g_logp, g_entropy, entropy, m, log_s;
+
+  Vec<A> operator()(Vec<A> logit) const {
+    const Vec<A> log_p = shifted<A>(logit, m) - log_s;
+    return logit_gradient(log_p, exp_of(log_p), g_logp, g_entropy, entropy);
+  }
+};
 
 template <class T>
 void backward(const TokenStatsBackwardArgs& args, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   constexpr int w = Simd<A>::width;
   const TokenStatsArgs& f = args.forward;
-  const T* logits = static_cast<const T*>(f.logits);
-  T* grads = static_cast<T*>(args.grad_logits);
   const A inverse_temperature = static_cast<A>(f.inverse_temperature);
-  alignas(64) A scratch[block], gradient[block];
+  alignas(64) A scratch[block];
   for (int64_t r = begin; r < end; ++r) {
-    T* out = grads + args.grad_layout.offset(r);
+    const T* row = static_cast<const T*>(f.logits) + f.layout.offset(r);
+    T* out = static_cast<T*>(args.grad_logits) + args.grad_layout.offset(r);
     const int64_t label = f.labels[r] - f.first_entry;
     if (f.labels[r] == f.ignore_index) {
       std::memset(out, 0, f.vocab * sizeof(T));
       continue;
     }
-    const T* row = logits + f.layout.offset(r);
-    const A g_logp = args.grad_logps ? static_cast<const A*>(args.grad_logps)[r] : 0;
-    const A g_entropy = args.grad_entropy ? static_cast<const A*>(args.grad_entropy)[r] : 0;
-    const A entropy = static_cast<const A*>(f.entropy)[r];
-    const A m = static_cast<const A*>(f.row_max)[r], log_s = static_cast<const A*>(f.log_sum)[r];
+    const auto value = [r](const void* rows) { return rows ? static_cast<const A*>(rows)[r] : A(0); };
+    const RowGradient<A> gradient{value(args.grad_logps) * inverse_temperature,
+                                  value(args.grad_entropy) * inverse_temperature, value(f.entropy), value(f.row_max),
+                                  value(f.log_sum)};
+    const bool has_label = label >= 0 && label < f.vocab;
+    A own = 0;  // before the row is overwritten, where it is
+    if (has_label) own = gradient(Vec<A>{} + widen(row[label]) * inverse_temperature)[0] + gradient.g_logp;
     for (int64_t start = 0; start < f.vocab; start += block) {
-      const int64_t here = f.vocab - start < block ? f.vocab - start : block;
-      int64_t count = here;
-      const A* x = staged(row + start, count, inverse_temperature, scratch);
-      for (int64_t k = 0; k < count; k += w) {
-        const Vec<A> log_p = shifted<A>(load(x + k), m) - log_s;
-        store(gradient + k, logit_gradient(log_p, exp_of(log_p), g_logp, g_entropy, entropy) * inverse_temperature);
+      const int64_t count = f.vocab - start < block ? f.vocab - start : block;
+      if constexpr (!std::is_same_v<T, Float16>) {
+        if (count == block && f.inverse_temperature == 1) {
+          for (int64_t k = start; k < start + count; k += Packed<T>::count * w) {
+            __builtin_prefetch(reinterpret_cast<const char*>(row + k) + prefetch_distance);
+            Packed<T> x = unpack(row + k);
+            for (Vec<A>& v : x.v) v = gradient(v);
+            pack(x, out + k);
+          }
+          continue;
+        }
       }
-      if (label >= start && label < start + here) gradient[label - start] += g_logp * inverse_temperature;
-      for (int64_t k = 0; k < here; ++k) narrow(gradient[k], out + start + k);
+      const int64_t padded = stage(row + start, count, inverse_temperature, scratch);
+      for (int64_t k = 0; k < padded; k += w) store(scratch + k, gradient(load(scratch + k)));
+      for (int64_t k = 0; k < count; ++k) narrow(scratch[k], out + start + k);
     }
+    if (has_label) narrow(own, out + label);
   }
 }
 

@@ -1,30 +1,41 @@
-// SIMD for the row kernels through the compiler's vector types (GCC and Clang, any instruction set): 64 bytes wide,
-// which the compiler splits where the machine is narrower. Everything here has internal linkage (see core/defs.h).
+// SIMD for the row kernels through the compiler's vector types (GCC and Clang, any instruction set), as wide as the
+// machine's registers. Everything here has internal linkage (see core/defs.h).
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace mallowspo {
 namespace {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
 
 template <class T>
 struct Simd;
 
 template <>
 struct Simd<float> {
-  static constexpr int width = 16;
-  typedef float Vec __attribute__((vector_size(64)));
-  typedef int32_t Int __attribute__((vector_size(64)));
+  static constexpr int width = vector_bytes / 4;
+  typedef float Vec __attribute__((vector_size(vector_bytes)));
+  typedef int32_t Int __attribute__((vector_size(vector_bytes)));
   // Below this e^x is taken as 0: against a sum of at least 1 it is far below half an ulp.
   static constexpr float underflow = -87.0f;
 };
 
 template <>
 struct Simd<double> {
-  static constexpr int width = 8;
-  typedef double Vec __attribute__((vector_size(64)));
-  typedef int64_t Int __attribute__((vector_size(64)));
+  static constexpr int width = vector_bytes / 8;
+  typedef double Vec __attribute__((vector_size(vector_bytes)));
+  typedef int64_t Int __attribute__((vector_size(vector_bytes)));
   static constexpr double underflow = -708.0;
 };
 
@@ -49,27 +60,58 @@ inline V larger(V a, V b) {
   return a > b ? a : b;
 }
 
-// e^x for x <= 0 (and a little above), below one ulp of error; 0 under Simd<T>::underflow, NaN for NaN.
-// x = n log 2 + f, |f| <= log(2) / 2, with log 2 in two parts; the polynomials are the Taylor sums, long enough that
-// the first term left out is below a quarter of an ulp.
+template <class Mask>
+inline bool any_of(Mask mask) {
+  Mask folded = mask;
+  for (int half = static_cast<int>(sizeof(Mask) / sizeof(mask[0])) / 2; half > 0; half /= 2)
+    for (int k = 0; k < half; ++k) folded[k] |= folded[k + half];
+  return folded[0] != 0;
+}
+
+// e^x for finite x <= 0 (and a little above) with an error of about an ulp, exactly 1 at 0, and 0 where it underflows;
+// NaN for NaN. x = n log 2 + f with a whole n; the polynomials are the Taylor sums, long enough that the first term left
+// out is below a quarter of an ulp.
+#if defined(__AVX512F__)
+inline Vec<float> larger(Vec<float> a, Vec<float> b) {
+  return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
+}
+
+inline bool any_of(Simd<float>::Int mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
+
+// Here n is a multiple of 1/16, so that a cubic will do; a table has the sixteen powers of two between.
+inline Vec<float> exp_of(Vec<float> x) {
+  constexpr Vec<float> powers = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
+                                 1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
+                                 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
+  const Vec<float> shifted = x * 1.44269504f + 786432.0f;  // 1.5 * 2^19: rounds to sixteenths in the low bits
+  const Vec<float> n = shifted - 786432.0f;
+  const Vec<float> f = (x - n * 0.693147182f) + n * 1.90465421e-9f;  // fused: log 2 to twice the digits
+  Vec<float> p = 1.0f / 6 * f + 0.5f;
+  p = (p * f + 1.0f) * f;
+  const Vec<float> power = (Vec<float>)_mm512_permutexvar_ps((__m512i)shifted, (__m512)powers);
+  return (Vec<float>)_mm512_scalef_ps((__m512)(power * p + power), (__m512)n);  // times 2^floor(n)
+}
+#else
 inline Vec<float> exp_of(Vec<float> x) {
   const Vec<float> shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
   const Vec<float> n = shifted - 12582912.0f;
-  const Vec<float> f = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  const Vec<float> f = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // log 2 in two parts
   Vec<float> p = 1.0f / 5040 * f + 1.0f / 720;
   p = p * f + 1.0f / 120;
   p = p * f + 1.0f / 24;
   p = p * f + 1.0f / 6;
   p = p * f + 0.5f;
-  p = f + f * f * p;
-  Simd<float>::Int bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127) << 23;
-  Vec<float> scale;
-  std::memcpy(&scale, &bits, sizeof scale);
-  const Vec<float> e = scale + scale * p;
+  p = p * f + 1.0f;
+  p = p * f + 1.0f;
+  Simd<float>::Int n_bits, bits;
+  std::memcpy(&n_bits, &shifted, sizeof bits);
+  std::memcpy(&bits, &p, sizeof bits);
+  bits += n_bits << 23;
+  Vec<float> e;
+  std::memcpy(&e, &bits, sizeof e);
   return x < Simd<float>::underflow ? Vec<float>{} : e;
 }
+#endif
 
 inline Vec<double> exp_of(Vec<double> x) {
   const Vec<double> shifted = x * 1.4426950408889634 + 6755399441055744.0;
@@ -124,6 +166,11 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+#if defined(__aarch64__)
+using Half = __fp16;  // GCC 12 has no _Float16 there
+#else
+using Half = _Float16;
+#endif
 
 inline float widen(BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -133,7 +180,7 @@ inline float widen(BFloat16 x) {
 }
 
 inline float widen(Float16 x) {
-  _Float16 h;
+  Half h;
   std::memcpy(&h, &x, sizeof h);
   return static_cast<float>(h);
 }
@@ -141,20 +188,69 @@ inline float widen(Float16 x) {
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 
+// bfloat16 of a float's bits, in the upper half: to nearest, ties to even, NaN to NaN.
+template <class Bits>
+inline Bits rounded_to_upper_half(Bits bits) {
+  const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return (bits & 0x7fffffff) > 0x7f800000 ? Bits{} + 0x7fc00000 : rounded;
+}
+
 inline void narrow(float f, BFloat16* out) {
   uint32_t bits;
   std::memcpy(&bits, &f, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  out->bits = static_cast<uint16_t>(f != f ? 0x7fc0 : rounded);
+  out->bits = static_cast<uint16_t>(rounded_to_upper_half(bits) >> 16);
 }
 
 inline void narrow(float f, Float16* out) {
-  const _Float16 h = static_cast<_Float16>(f);
+  const Half h = static_cast<Half>(f);
   std::memcpy(out, &h, sizeof h);
 }
 
 inline void narrow(float f, float* out) { *out = f; }
 inline void narrow(double f, double* out) { *out = f; }
+
+// One vector's bytes of storage as vectors of the accumulator and back. bfloat16 gives its even entries, then its odd ones: no
+// kernel here asks for their order.
+template <class T>
+struct Packed {
+  static constexpr int count = 1;
+  Vec<T> v[1];
+};
+template <>
+struct Packed<BFloat16> {
+  static constexpr int count = 2;
+  Vec<float> v[2];
+};
+
+template <class T>
+inline Packed<T> unpack(const T* p) {
+  return {{load(p)}};
+}
+
+inline Packed<BFloat16> unpack(const BFloat16* p) {
+  typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
+  Words words;
+  std::memcpy(&words, p, sizeof words);
+  const Words even = words << 16, odd = words & 0xffff0000u;
+  Packed<BFloat16> out;
+  std::memcpy(&out.v[0], &even, sizeof even);
+  std::memcpy(&out.v[1], &odd, sizeof odd);
+  return out;
+}
+
+template <class T>
+inline void pack(const Packed<T>& packed, T* p) {
+  store(p, packed.v[0]);
+}
+
+inline void pack(const Packed<BFloat16>& packed, BFloat16* p) {
+  typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
+  Words even, odd;
+  std::memcpy(&even, &packed.v[0], sizeof even);
+  std::memcpy(&odd, &packed.v[1], sizeof odd);
+  const Words words = (rounded_to_upper_half(even) >> 16) | (rounded_to_upper_half(odd) & 0xffff0000u);
+  std::memcpy(p, &words, sizeof words);
+}
 
 }  // namespace
 }  // namespace mallowspo
