@@ -319,3 +319,40 @@ def test_ignored_rows_are_zero_whatever_they_hold(dtype):
 def test_no_gradient_for_logits_that_need_none():
     logits, labels, _ = random_case(2, 5, torch.float32)
     assert not any(x.requires_grad for x in F.token_stats(logits, labels))
+
+
+# --- the gradient over the logits ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_inplace_backward_gives_the_same_gradient_in_the_logits_own_memory(dtype, temperature):
+    logits, labels, grads = random_case(6, 1100, dtype)
+    labels[2] = -100
+    expected = with_gradient(F.token_stats, logits, labels, grads, temperature=temperature)[2]
+    leaf = logits.clone().requires_grad_()
+    own = leaf * 1
+    results = F.token_stats(own[:, :900], labels.clamp(max=899), temperature=temperature, inplace_backward=True)
+    right = with_gradient(F.token_stats, logits[:, :900], labels.clamp(max=899), grads, temperature=temperature)[2]
+    torch.autograd.backward(results, grads)
+    assert torch.equal(leaf.grad[:, :900], right) and not leaf.grad[:, 900:].any()
+    assert torch.equal(own.detach()[:, :900], right) and torch.equal(own.detach()[:, 900:], logits[:, 900:])
+    whole = with_gradient(F.token_stats, logits, labels, grads, temperature=temperature, inplace_backward=True)[2]
+    assert torch.equal(whole, expected) and torch.equal(whole, logits)
+
+
+def test_logits_read_after_an_inplace_backward_are_refused():
+    leaf, labels, _ = random_case(3, 40, torch.float32)
+    logits = leaf.requires_grad_() * 1
+    other = logits.square().sum()
+    loss = F.token_stats(logits, labels, inplace_backward=True).logps.sum()
+    loss.backward(retain_graph=True)
+    for late in (loss, other):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            late.backward()
+
+
+@pytest.mark.parametrize("view", [lambda x: x.T, lambda x: x[:1].expand(40, 40)], ids=["transposed", "expanded"])
+def test_inplace_backward_needs_memory_of_its_own(view):
+    with pytest.raises(ValueError, match="inplace_backward needs logits with a contiguous last dimension"):
+        F.token_stats(view(torch.zeros(40, 40)), torch.zeros(40, dtype=torch.int64), inplace_backward=True)

@@ -37,10 +37,11 @@ class TokenStatsFunction(torch.autograd.Function):
     """(logits [..., V], labels [...]) -> (logps [...], entropy [...])."""
 
     @staticmethod
-    def forward(ctx, logits, labels, ignore_index, temperature):
+    def forward(ctx, logits, labels, ignore_index, temperature, inplace_backward):
         logps, entropy, row_max, log_sum = ops.token_stats(logits, labels, ignore_index, temperature)
         ctx.save_for_backward(logits, labels, entropy, row_max, log_sum)
         ctx.settings = ignore_index, temperature
+        ctx.inplace_backward = inplace_backward
         ctx.set_materialize_grads(False)
         return logps, entropy
 
@@ -48,9 +49,15 @@ class TokenStatsFunction(torch.autograd.Function):
     @first_order
     def backward(ctx, grad_logps, grad_entropy):
         if not ctx.needs_input_grad[0] or (grad_logps is None and grad_entropy is None):
-            return None, None, None, None
-        grad = ops.token_stats_backward(grad_logps, grad_entropy, *ctx.saved_tensors, *ctx.settings)
-        return grad, None, None, None
+            return (None,) * 5
+        if ctx.inplace_backward:
+            grad, *saved = ctx.saved_tensors
+            vocab = grad.shape[-1]
+            ops.token_stats_backward_tile(grad, grad_logps, grad_entropy, *saved, 0, vocab, *ctx.settings)
+            torch.autograd.graph.increment_version(grad)  # whoever reads the logits after this gets torch's error
+        else:
+            grad = ops.token_stats_backward(grad_logps, grad_entropy, *ctx.saved_tensors, *ctx.settings)
+        return grad, *(None,) * 4
 
 
 class PreferenceLossFunction(torch.autograd.Function):

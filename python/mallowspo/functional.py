@@ -52,7 +52,7 @@ class PreferenceLoss(NamedTuple):
     rejected_rewards: torch.Tensor
 
 
-def token_stats(logits, labels, *, ignore_index=-100, temperature=1.0):
+def token_stats(logits, labels, *, ignore_index=-100, temperature=1.0, inplace_backward=False):
     """Log-probability of the labels and entropy of the softmax, in one pass over the logits.
 
     Args:
@@ -61,13 +61,17 @@ def token_stats(logits, labels, *, ignore_index=-100, temperature=1.0):
         labels: [...], int64.
         ignore_index: label of the rows to leave out; their results and gradients are 0.
         temperature: divides the logits, > 0.
+        inplace_backward: the backward writes the gradient over the logits, which saves their size in memory and the
+            page faults of a fresh tensor. For logits that nothing else reads afterwards: a later use of theirs in the
+            same graph, a second backward too, raises torch's error for tensors changed in place.
 
     Returns:
         TokenStats(logps, entropy), both [...], float32 (float64 for float64 logits), each differentiable alone.
 
     Raises:
         TypeError: a dtype that is not listed.
-        ValueError: shapes or devices that disagree, an empty vocabulary, a temperature that is not positive.
+        ValueError: shapes or devices that disagree, an empty vocabulary, a temperature that is not positive,
+            inplace_backward for logits whose vocabulary is not contiguous or that share memory among themselves.
         IndexError: a label outside [0, V) that is not ignore_index (CPU).
     """
     _check_tensor("logits", logits, DTYPES)
@@ -81,7 +85,15 @@ def token_stats(logits, labels, *, ignore_index=-100, temperature=1.0):
         )
     _check_same_device(logits=logits, labels=labels)
     _check_positive("temperature", temperature)
-    return TokenStats(*TokenStatsFunction.apply(logits, labels, ignore_index, float(temperature)))
+    if inplace_backward and (
+        (logits.shape[-1] > 1 and logits.stride(-1) != 1)
+        or any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True))
+    ):
+        raise ValueError(
+            f"inplace_backward needs logits with a contiguous last dimension and memory of their own, got strides "
+            f"{list(logits.stride())}; call logits.contiguous() first, or leave inplace_backward out"
+        )
+    return TokenStats(*TokenStatsFunction.apply(logits, labels, ignore_index, float(temperature), inplace_backward))
 
 
 def linear_token_stats(
