@@ -139,10 +139,11 @@ void check_tile(const Tensor& logits, int64_t first_entry, int64_t entries) {
 }
 
 void token_stats_tile(const Tensor& state, const Tensor& logits, const Tensor& labels_in, int64_t first_entry,
-                      int64_t entries, int64_t ignore_index, double temperature) {
+                      int64_t entries, int64_t ignore_index, double temperature, bool numerators) {
   const Tensor labels = torch::stable::contiguous(labels_in);
   check_tile(logits, first_entry, entries);
   TokenStatsTileArgs args{};
+  args.numerators = numerators;
   args.tile = token_stats_args(logits, labels, ignore_index, temperature);
   args.tile.first_entry = first_entry;
   args.tile.entries = entries;
@@ -323,10 +324,11 @@ STABLE_TORCH_LIBRARY(mallowspo, m) {
       " Tensor row_max, Tensor log_sum, int ignore_index, float temperature) -> Tensor grad_logits");
   // The same over tiles of the vocabulary: logits [N, W] of the entries first_entry ... of `entries` in all. `state`
   // [4, N] holds m, s, t and the label's logit so far, after the last tile m, log s, the entropy and the log-probability;
-  // the backward overwrites the logits with their gradient.
+  // with `numerators` the logits become -e^(l - m) / temperature, 0 for the label. The backward overwrites the logits
+  // with their gradient.
   m.def(
-      "token_stats_tile(Tensor(a!) state, Tensor logits, Tensor labels, int first_entry, int entries, int ignore_index,"
-      " float temperature) -> ()");
+      "token_stats_tile(Tensor(a!) state, Tensor(b!) logits, Tensor labels, int first_entry, int entries,"
+      " int ignore_index, float temperature, bool numerators) -> ()");
   m.def(
       "token_stats_backward_tile(Tensor(a!) logits, Tensor? grad_logps, Tensor? grad_entropy, Tensor labels,"
       " Tensor entropy, Tensor row_max, Tensor log_sum, int first_entry, int entries, int ignore_index,"

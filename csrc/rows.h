@@ -44,9 +44,11 @@ struct TokenStatsArgs {
 };
 
 // What the tiles of a row have given so far (core/token_stats.h): m, s, t and the label's logit; all [rows]. The last
-// tile turns s, t and the logit into log s, the entropy and the log-probability.
+// tile turns s, t and the logit into log s, the entropy and the log-probability. With `numerators` the logits are
+// overwritten with -e^(l - m) / temperature, 0 for the label.
 struct TokenStatsTileArgs {
   TokenStatsArgs tile;
+  bool numerators;
   void *row_max, *sum, *weighted, *label_logit;
 
 #if defined(__CUDACC__)

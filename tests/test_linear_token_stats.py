@@ -11,6 +11,7 @@ from mallowspo import linear, reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 N, D, V = 13, 6, 41
+KEPT = 11  # tokens of head_inputs that are not ignored
 CHUNKS = pytest.mark.parametrize("chunk_tokens", [1, 5, N, 100, None])
 OPTIONS = {
     "plain": {},
@@ -161,12 +162,17 @@ def test_gradcheck(options):
 # --- what is computed and held ---------------------------------------------------------------------------------------
 
 
+def budget_of(columns, rows=KEPT, item=4):
+    """Room for tiles of so many float32 columns beside the scratch."""
+    return rows * (item * columns + linear.SCRATCH * D * 4)
+
+
 def products(run):
-    """Matrix products of [N, D] with [D, V], or of that size, that `run` makes."""
+    """Matrix products of the kept tokens [KEPT, D] with [D, V], or of that size, that `run` makes."""
     in_place = {torch.ops.aten.addmm_: lambda total, left, right, **_: 2 * left[0] * left[1] * right[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         run()
-    return counter.get_total_flops() / (2 * N * D * V)
+    return counter.get_total_flops() / (2 * KEPT * D * V)
 
 
 @pytest.mark.parametrize(
@@ -174,15 +180,15 @@ def products(run):
     [
         ([], None, 1, None),
         (["hidden"], None, 2, 0),
-        (["hidden"], 4 * N * 7, 2, 0),
+        (["hidden"], budget_of(7), 2, 0),
         (["hidden", "weight", "bias"], None, 1, 2),
-        (["hidden", "weight", "bias"], 4 * N * 7, 1, 3),
+        (["hidden", "weight", "bias"], budget_of(7), 1, 3),
         (["weight"], None, 1, 1),
-        (["bias"], 4 * N * 7, 1, 1),
+        (["bias"], budget_of(7), 1, 1),
     ],
 )
 def test_products_and_gradients(trained, budget, forward, backward):
-    """What is not asked for is not computed: the counts that linear.py's docstring states."""
+    """What is not asked for, and no ignored token, is multiplied: the counts that linear.py's docstring states."""
     hidden, weight, bias, labels, (grad, _) = head_inputs(torch.float32)
     leaves = {"hidden": hidden, "weight": weight, "bias": bias}
     for name, leaf in leaves.items():
@@ -232,15 +238,39 @@ class LargestRows(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("columns", [1, 3, 10])
-def test_never_holds_more_logits_than_the_budget(softcap, columns, monkeypatch):
-    monkeypatch.setattr(linear, "MIN_TILE_COLUMNS", 1)  # all tokens in one chunk
+@pytest.mark.parametrize("columns", [3, 10])
+def test_never_holds_more_logits_than_the_budget(softcap, columns):
     hidden, weight, _, labels, grads = head_inputs(torch.float32)
-    budget = 4 * N * columns * (4 if softcap else 1)  # capped logits, slope and product stand beside the product
-    with LargestRows(N) as largest:
-        stats = F.linear_token_stats(hidden, weight, labels, softcap=softcap, memory_budget=budget)
+    # Capped logits, slope and product stand beside the product.
+    options = {"memory_budget": budget_of(columns, item=16 if softcap else 4), "chunk_tokens": KEPT}
+    with LargestRows(KEPT) as largest:
+        stats = F.linear_token_stats(hidden, weight, labels, softcap=softcap, **options)
         torch.autograd.backward(stats, grads)
-    assert largest.bytes == 4 * N * columns
+    assert largest.bytes == 4 * KEPT * columns
+
+
+@pytest.mark.parametrize("trained", [["hidden"], ["hidden", "weight", "bias"]])
+@pytest.mark.parametrize("chunk_tokens", [4, None])
+def test_without_any_label_all_is_zero(trained, chunk_tokens):
+    hidden, weight, bias, labels, grads = head_inputs(torch.bfloat16)
+    leaves = {"hidden": hidden, "weight": weight, "bias": bias}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name in trained)
+    stats = F.linear_token_stats(hidden, weight, labels.fill_(-100), bias=bias, chunk_tokens=chunk_tokens)
+    torch.autograd.backward(stats, grads)
+    assert not stats.logps.any() and not stats.entropy.any()
+    for name in trained:
+        assert leaves[name].grad.dtype == torch.bfloat16 and not leaves[name].grad.any()
+
+
+def test_ignored_tokens_in_a_compiled_function():
+    """There all tokens are multiplied, and the numbers are the same."""
+    inputs = head_inputs(torch.float64)
+    torch.compiler.reset()
+    compiled = torch.compile(F.linear_token_stats, fullgraph=True, backend="aot_eager")
+    ours, expected = (with_gradients(f, *inputs, chunk_tokens=4) for f in (compiled, F.linear_token_stats))
+    for actual, right in zip(ours, expected, strict=True):
+        torch.testing.assert_close(actual, right, rtol=1e-13, atol=1e-13)
 
 
 # --- autocast --------------------------------------------------------------------------------------------------------

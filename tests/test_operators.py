@@ -49,7 +49,7 @@ def test_schemas(name, results):
 def test_opcheck_tiles(dtype):
     logits, labels = logits_and_labels(dtype, rows=(5,), vocab=7)
     state = torch.zeros(4, 5, dtype=result_dtype(dtype))
-    torch.library.opcheck(ops.token_stats_tile, (state, logits, labels, 3, 11, -100, 0.7))
+    torch.library.opcheck(ops.token_stats_tile, (state, logits.clone(), labels, 3, 11, -100, 0.7, True))
     saved = ops.token_stats(logits, labels, -100, 0.7)[1:]
     for grads in ((state[0] + 1, None), (None, state[0] + 1), (state[0] + 1, state[1] + 2)):
         arguments = (logits, *grads, labels, *saved, 3, 11, -100, 0.7)

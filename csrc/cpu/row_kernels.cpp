@@ -155,44 +155,66 @@ void forward(const TokenStatsArgs& args, int64_t begin, int64_t end) {
   }
 }
 
+// out = map(logits) over a row, in place too.
+template <class T, class Map>
+void map_row(const TokenStatsArgs& args, const T* row, T* out, acc_t<T>* scratch, Map map) {
+  using A = acc_t<T>;
+  constexpr int w = Simd<A>::width;
+  for (int64_t start = 0; start < args.vocab; start += block) {
+    const int64_t count = args.vocab - start < block ? args.vocab - start : block;
+    if constexpr (!std::is_same_v<T, Float16>) {
+      if (count == block && args.inverse_temperature == 1) {
+        for (int64_t k = start; k < start + count; k += Packed<T>::count * w) {
+          __builtin_prefetch(reinterpret_cast<const char*>(row + k) + prefetch_distance);
+          Packed<T> x = unpack(row + k);
+          for (Vec<A>& v : x.v) v = map(v);
+          pack(x, out + k);
+        }
+        continue;
+      }
+    }
+    const int64_t padded = stage(row + start, count, static_cast<A>(args.inverse_temperature), scratch);
+    for (int64_t k = 0; k < padded; k += w) store(scratch + k, map(load(scratch + k)));
+    for (int64_t k = 0; k < count; ++k) narrow(scratch[k], out + start + k);
+  }
+}
+
 template <class T>
 void tile(const TokenStatsTileArgs& args, int64_t begin, int64_t end) {
   using A = acc_t<T>;
+  const TokenStatsArgs& t = args.tile;
   A *row_max = static_cast<A*>(args.row_max), *sum = static_cast<A*>(args.sum);
   A *weighted = static_cast<A*>(args.weighted), *label_logit = static_cast<A*>(args.label_logit);
+  const A inverse_temperature = static_cast<A>(t.inverse_temperature);
   alignas(64) A scratch[block];
   for (int64_t r = begin; r < end; ++r) {
-    if (args.tile.labels[r] == args.tile.ignore_index) {
+    T* row = static_cast<T*>(const_cast<void*>(t.logits)) + t.layout.offset(r);
+    const int64_t label = t.labels[r] - t.first_entry;
+    if (t.labels[r] == t.ignore_index) {
       row_max[r] = sum[r] = weighted[r] = label_logit[r] = 0;
+      if (args.numerators) std::memset(row, 0, t.vocab * sizeof(T));
       continue;
     }
     RowState<A> state{row_max[r], {}, label_logit[r]};
     state.sums.s[0] = sum[r];
     state.sums.t[0] = weighted[r];
-    read_row<T>(args.tile, r, scratch, state);
+    read_row<T>(t, r, scratch, state);
     const Partial<A> sums = state.total();
     const A log_s = std::log(sums.s);
     row_max[r] = state.m;
     sum[r] = args.last() ? log_s : sums.s;
     weighted[r] = args.last() ? entropy_of(log_s, sums) : sums.t;
     label_logit[r] = args.last() ? log_prob_of(state.label_logit, state.m, log_s) : state.label_logit;
+    if (args.numerators) {
+      map_row(t, row, row, scratch, [&](Vec<A> l) { return -inverse_temperature * exp_of(shifted<A>(l, state.m)); });
+      if (label >= 0 && label < t.vocab) narrow(A(0), row + label);
+    }
   }
 }
-
-template <class A>
-struct RowGradient {
-  A g_logp, g_entropy, entropy, m, log_s;
-
-  Vec<A> operator()(Vec<A> logit) const {
-    const Vec<A> log_p = shifted<A>(logit, m) - log_s;
-    return logit_gradient(log_p, exp_of(log_p), g_logp, g_entropy, entropy);
-  }
-};
 
 template <class T>
 void backward(const TokenStatsBackwardArgs& args, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  constexpr int w = Simd<A>::width;
   const TokenStatsArgs& f = args.forward;
   const A inverse_temperature = static_cast<A>(f.inverse_temperature);
   alignas(64) A scratch[block];
@@ -205,29 +227,17 @@ void backward(const TokenStatsBackwardArgs& args, int64_t begin, int64_t end) {
       continue;
     }
     const auto value = [r](const void* rows) { return rows ? static_cast<const A*>(rows)[r] : A(0); };
-    const RowGradient<A> gradient{value(args.grad_logps) * inverse_temperature,
-                                  value(args.grad_entropy) * inverse_temperature, value(f.entropy), value(f.row_max),
-                                  value(f.log_sum)};
+    const A g_logp = value(args.grad_logps) * inverse_temperature;
+    const A g_entropy = value(args.grad_entropy) * inverse_temperature;
+    const A entropy = value(f.entropy), m = value(f.row_max), log_s = value(f.log_sum);
+    const auto gradient = [&](Vec<A> l) {
+      const Vec<A> log_p = shifted<A>(l, m) - log_s;
+      return logit_gradient(log_p, exp_of(log_p), g_logp, g_entropy, entropy);
+    };
     const bool has_label = label >= 0 && label < f.vocab;
-    A own = 0;  // before the row is overwritten, where it is
-    if (has_label) own = gradient(Vec<A>{} + widen(row[label]) * inverse_temperature)[0] + gradient.g_logp;
-    for (int64_t start = 0; start < f.vocab; start += block) {
-      const int64_t count = f.vocab - start < block ? f.vocab - start : block;
-      if constexpr (!std::is_same_v<T, Float16>) {
-        if (count == block && f.inverse_temperature == 1) {
-          for (int64_t k = start; k < start + count; k += Packed<T>::count * w) {
-            __builtin_prefetch(reinterpret_cast<const char*>(row + k) + prefetch_distance);
-            Packed<T> x = unpack(row + k);
-            for (Vec<A>& v : x.v) v = gradient(v);
-            pack(x, out + k);
-          }
-          continue;
-        }
-      }
-      const int64_t padded = stage(row + start, count, inverse_temperature, scratch);
-      for (int64_t k = 0; k < padded; k += w) store(scratch + k, gradient(load(scratch + k)));
-      for (int64_t k = 0; k < count; ++k) narrow(scratch[k], out + start + k);
-    }
+    // Before the row is overwritten, where it is.
+    const A own = has_label ? gradient(Vec<A>{} + widen(row[label]) * inverse_temperature)[0] + g_logp : A(0);
+    map_row(f, row, out, scratch, gradient);
     if (has_label) narrow(own, out + label);
   }
 }

@@ -50,9 +50,8 @@ void check_labels(const TokenStatsArgs& args) {
   for (int64_t r = 0; r < args.rows; ++r) {
     const int64_t label = args.labels[r];
     if (label != args.ignore_index && (label < 0 || label >= args.entries))
-      throw std::out_of_range("label " + std::to_string(label) + " at row " + std::to_string(r) +
-                              " is outside the vocabulary of " + std::to_string(args.entries) +
-                              " entries; use ignore_index (" + std::to_string(args.ignore_index) +
+      throw std::out_of_range("label " + std::to_string(label) + " is outside the vocabulary of " +
+                              std::to_string(args.entries) + " entries; use ignore_index (" + std::to_string(args.ignore_index) +
                               ") for rows without a label");
   }
 }

@@ -33,7 +33,7 @@ HAS_CUDA_KERNELS = _C.build["cuda"].startswith("yes")
 # Normalised entropies are kept this far from 0 and 1, where -log is infinite and zero: a <= 13.8 times the scale.
 ENTROPY_CLAMP = 1e-6
 
-# Bytes of logits that linear_token_stats holds at a time.
+# Bytes that linear_token_stats works in.
 MEMORY_BUDGET = 64 * 2**20
 
 
@@ -116,12 +116,13 @@ def linear_token_stats(
         weight: [V, D], same dtype as hidden.
         labels: [...], int64.
         bias: [V] or None.
-        ignore_index: label of the tokens to leave out; their results and gradients are 0.
+        ignore_index: label of the tokens to leave out; their results and gradients are 0. On the CPU they cost
+            nothing; on CUDA, and under torch.compile, they are multiplied as well: leave them out of hidden there.
         temperature: divides the (capped) logits, > 0.
         softcap: c > 0 replaces the logits l by c tanh(l / c), as Gemma 2 does; None leaves them.
-        chunk_tokens: tokens worked on at a time; default: all, or as many as leave a tile enough columns.
-        memory_budget: bytes of logits held at a time; with a trained head, logits that fit in whole are kept for the
-            backward instead of computed again.
+        chunk_tokens: tokens worked on at a time; default: 2048, fewer where the budget is small.
+        memory_budget: bytes to work in, beyond inputs, results and gradients; with a trained head, logits that fit in
+            whole are kept for the backward instead of computed again.
 
     Returns:
         TokenStats(logps, entropy), both [...], float32 (float64 for float64 inputs), differentiable in hidden, weight

@@ -1,8 +1,7 @@
 """The autograd Function of ``linear_token_stats``: matrix products and row kernels over tiles of the vocabulary.
 
-A tile is the product of a chunk of tokens with a slice of the head's weight. The weight is read once a chunk, a tile
-stays within the memory budget, and the gradient of a slice of the weight is one product over all tokens of the chunk.
-What each case costs, in products of [N, D] with [D, V]:
+A tile is the product of a chunk of tokens with a slice of the head's weight, small enough that the row kernel still
+finds it in the cache. What each case costs, in products of [N, D] with [D, V]:
 
 - forward alone: one;
 - head frozen: two. The hidden gradient of a token's log-probability is g (W[y] - sum_v p_v W[v]); all but g is known
@@ -16,8 +15,14 @@ import torch
 
 from mallowspo.autograd import accumulator_dtype, first_order, ops
 
-# A chunk has at most so many tokens that a tile of the budget still has this many columns: narrower products are slow.
-MIN_TILE_COLUMNS = 2048
+# More tokens would not make the products faster: the weight is read once a chunk, 4 KFLOP for each of its elements.
+CHUNK_TOKENS = 2048
+
+# What a chunk works with beside its tile: at most so many arrays [n, D] in the accumulator's dtype.
+SCRATCH = 4
+
+# Bytes of a tile on the CPU, where it should stay in the last level of the cache.
+CPU_TILE = 16 * 2**20
 
 
 class LinearTokenStatsFunction(torch.autograd.Function):
@@ -31,32 +36,34 @@ class LinearTokenStatsFunction(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = (grad_enabled and needed for needed in ctx.needs_input_grad[:3])
         trains_head = wants_weight or wants_bias
         keeps_direction = wants_hidden and not trains_head and softcap is None
-        state = hidden.new_zeros(4, len(hidden), dtype=total)
-        state[0] = torch.finfo(total).min
-        direction = torch.zeros_like(hidden, dtype=total) if keeps_direction else None
+        chunks = _chunks(hidden, labels, ignore_index, chunk_tokens, budget)
+        stats = hidden.new_zeros(4, len(hidden), dtype=total)
+        direction = torch.zeros_like(hidden) if keeps_direction else None
         kept = None
-        for rows in _chunks(hidden, chunk_tokens, budget):
-            chunk = state[:, rows].contiguous()
-            for columns, logits in _tiles(hidden[rows], weight, bias, softcap, budget):
-                before = chunk[0].clone()
+        for rows in chunks:
+            part, part_labels = hidden[rows], labels[rows]
+            state = stats.new_zeros(4, len(part))
+            state[0] = torch.finfo(total).min
+            summed = torch.zeros_like(part, dtype=total) if keeps_direction else None
+            fits = trains_head and len(chunks) == 1 and _kept_bytes(part, weight) <= budget
+            for columns, logits in _tiles(part, weight, bias, softcap, budget, whole=fits):
+                before = state[0].clone()
                 ops.token_stats_tile(
-                    chunk, logits, labels[rows], columns.start, len(weight), ignore_index, temperature
+                    state, logits, part_labels, columns.start, len(weight), ignore_index, temperature, keeps_direction
                 )
                 if keeps_direction:
-                    numerators = _numerators(logits, labels[rows], columns, chunk[0], ignore_index, temperature)
-                    direction[rows] *= torch.exp(before - chunk[0])[:, None]
-                    _add_product(direction[rows], numerators, weight[columns])
-                elif trains_head and logits.shape == (len(hidden), len(weight)):
+                    summed *= torch.exp(before - state[0])[:, None]
+                    _add_product(summed, logits, weight[columns])
+                elif fits:
                     kept = logits
-            state[:, rows] = chunk
-        row_max, log_sum, entropy, logps = state.unbind()
-        if keeps_direction:
-            own = -torch.expm1(logps)[:, None] * weight[labels.masked_fill(labels == ignore_index, 0)] / temperature
-            direction = own + direction * torch.exp(-log_sum)[:, None]
-            direction = direction.masked_fill_((labels == ignore_index)[:, None], 0).to(hidden.dtype)
+            stats[:, rows] = state
+            if keeps_direction:
+                direction[rows] = _direction(summed, state, weight, part_labels, ignore_index, temperature)
+        row_max, log_sum, entropy, logps = stats.unbind()
         ctx.save_for_backward(hidden, weight, bias, labels, entropy, row_max, log_sum, direction)
+        ctx.chunks = chunks
         ctx.kept_logits = kept
-        ctx.settings = ignore_index, temperature, softcap, chunk_tokens, budget
+        ctx.settings = ignore_index, temperature, softcap, budget
         ctx.set_materialize_grads(False)
         return logps.clone(), entropy.clone()
 
@@ -64,41 +71,47 @@ class LinearTokenStatsFunction(torch.autograd.Function):
     @first_order
     def backward(ctx, grad_logps, grad_entropy):
         hidden, weight, bias, labels, entropy, row_max, log_sum, direction = ctx.saved_tensors
-        ignore_index, temperature, softcap, chunk_tokens, budget = ctx.settings
+        ignore_index, temperature, softcap, budget = ctx.settings
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         if grad_logps is None and grad_entropy is None:
             return (None,) * 10
+        grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
         if direction is not None and grad_entropy is None:
-            return (direction * grad_logps[:, None]).to(hidden.dtype), *(None,) * 9
+            for rows in ctx.chunks:  # the products are in the accumulator's dtype
+                grad_hidden[rows] = (direction[rows] * grad_logps[rows, None]).to(hidden.dtype)
+            return grad_hidden, *(None,) * 9
         kept, ctx.kept_logits = ctx.kept_logits, None  # overwritten below; a second backward computes them again
         total = accumulator_dtype(hidden.dtype)
-        grad_hidden = torch.zeros_like(hidden, dtype=total) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight) if wants_weight else None
+        one_chunk = len(ctx.chunks) == 1
         grad_bias = torch.zeros_like(bias, dtype=total) if wants_bias else None
-        chunks = _chunks(hidden, chunk_tokens, budget)
-        if wants_weight and len(chunks) > 1:  # sums over chunks lose nothing to rounding in between
-            grad_weight = grad_weight.to(total)
-        for rows in chunks:
+        grad_weight = None
+        if wants_weight:  # a sum over chunks loses nothing to rounding in between
+            grad_weight = torch.empty_like(weight) if one_chunk else torch.zeros_like(weight, dtype=total)
+        for rows in ctx.chunks:
+            part = hidden[rows]
             grads = [None if g is None else g[rows].contiguous() for g in (grad_logps, grad_entropy)]
-            saved = entropy[rows], row_max[rows], log_sum[rows]
+            saved = labels[rows], entropy[rows], row_max[rows], log_sum[rows]
+            summed = torch.zeros_like(part, dtype=total) if wants_hidden else None
             if kept is not None:
                 tiles = [(slice(0, len(weight)), kept)]
             else:
-                tiles = _tiles(hidden[rows], weight, bias, softcap, budget)
+                tiles = _tiles(part, weight, bias, softcap, budget)
             for columns, logits in tiles:
                 slope = None if softcap is None else 1 - (logits / softcap) ** 2
                 ops.token_stats_backward_tile(
-                    logits, *grads, labels[rows], *saved, columns.start, len(weight), ignore_index, temperature
+                    logits, *grads, *saved, columns.start, len(weight), ignore_index, temperature
                 )
                 grad = logits if slope is None else (logits * slope).to(hidden.dtype)
                 if wants_hidden:
-                    _add_product(grad_hidden[rows], grad, weight[columns])
-                if wants_weight:
-                    _add_product(grad_weight[columns], grad.T, hidden[rows])
+                    _add_product(summed, grad, weight[columns])
+                if wants_weight and one_chunk:
+                    torch.mm(grad.T, part, out=grad_weight[columns])
+                elif wants_weight:
+                    _add_product(grad_weight[columns], grad.T, part)
                 if wants_bias:
                     grad_bias[columns] += grad.sum(0, dtype=total)
-        if wants_hidden:
-            grad_hidden = grad_hidden.to(hidden.dtype)
+            if wants_hidden:
+                grad_hidden[rows] = summed.to(hidden.dtype)
         if wants_weight:
             grad_weight = grad_weight.to(weight.dtype)
         if wants_bias:
@@ -106,16 +119,33 @@ class LinearTokenStatsFunction(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, *(None,) * 7
 
 
-def _chunks(hidden, chunk_tokens, budget):
-    """Slices of the tokens; one where the budget allows."""
-    size = chunk_tokens or max(1, budget // (MIN_TILE_COLUMNS * hidden.element_size()))
+def _scratch_bytes(hidden):
+    return SCRATCH * hidden.shape[1] * accumulator_dtype(hidden.dtype).itemsize
+
+
+def _kept_bytes(hidden, weight):
+    """Bytes that keeping all logits takes."""
+    return len(hidden) * (len(weight) * hidden.element_size() + _scratch_bytes(hidden))
+
+
+def _chunks(hidden, labels, ignore_index, chunk_tokens, budget):
+    """Slices of the tokens, or the indices of those that are not ignored. Finding these would wait for a CUDA device,
+    and would make shapes depend on data, which torch.compile does not trace: there all tokens go in."""
+    size = chunk_tokens or max(1, min(CHUNK_TOKENS, budget // 2 // _scratch_bytes(hidden)))
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        kept = (labels != ignore_index).nonzero().squeeze(1)
+        if len(kept) < len(labels):
+            return kept.split(size) if len(kept) else ()
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 
-def _tiles(hidden, weight, bias, softcap, budget):
+def _tiles(hidden, weight, bias, softcap, budget, whole=False):
     """(columns, logits [n, W]) over slices of the vocabulary; a tile overwrites the one before."""
     item = hidden.element_size() if softcap is None else hidden.element_size() + 3 * 4  # capped logits, slope, product
-    width = min(len(weight), max(1, budget // (len(hidden) * item)))
+    room = budget - len(hidden) * _scratch_bytes(hidden)
+    if hidden.device.type == "cpu":
+        room = min(room, CPU_TILE)
+    width = len(weight) if whole else min(len(weight), max(1, room // (len(hidden) * item)))
     buffer = hidden.new_empty(len(hidden) * width)
     for start in range(0, len(weight), width):
         columns = slice(start, min(start + width, len(weight)))
@@ -129,18 +159,14 @@ def _tiles(hidden, weight, bias, softcap, budget):
         yield columns, logits
 
 
-def _numerators(logits, labels, columns, row_max, ignore_index, temperature):
-    """-e^(l - m) / temperature in place of the tile's logits, 0 for the label: its term is added from its probability,
-    because 1 - p would lose its digits where p is near 1."""
-    zeros, entries = torch.zeros_like(row_max), columns.stop
-    ops.token_stats_backward_tile(
-        logits, zeros + 1, None, torch.where(labels == ignore_index, labels, 0), zeros, row_max, zeros,
-        entries, entries, ignore_index, temperature,
-    )  # fmt: skip
-    own = (labels - columns.start).clamp(0, logits.shape[1] - 1)[:, None]
-    inside = ((labels >= columns.start) & (labels < columns.stop))[:, None]
-    logits.scatter_(1, own, torch.where(inside, 0, logits.gather(1, own)))
-    return logits
+def _direction(summed, state, weight, labels, ignore_index, temperature):
+    """W[y] - sum_v p_v W[v] over the temperature; the label's own term is (1 - p_y) W[y], which keeps its digits where
+    p_y is near 1. `summed` [n, D] is minus the sum over the other entries before the division by s."""
+    _, log_sum, _, logps = state
+    own = weight[labels.masked_fill(labels == ignore_index, 0)].to(summed.dtype)
+    own *= (-torch.expm1(logps) / temperature)[:, None]
+    summed *= torch.exp(-log_sum)[:, None]
+    return (summed + own).masked_fill_((labels == ignore_index)[:, None], 0).to(weight.dtype)
 
 
 def _add_product(total, left, right):
