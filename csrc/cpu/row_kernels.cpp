@@ -82,7 +82,7 @@ BlockSums<acc_t<S>> block_sums(const S* x, int64_t count, acc_t<S> m) {
       const Packed<S> logits = unpack(at);
       for (int i = 0; i < per_load; ++i) {
         const Vec<A> d = guarded ? shifted<A>(logits.v[i], m) : logits.v[i] - m;
-        accumulate(p[u * per_load + i], d, exp_of(d));
+        accumulate(p[u * per_load + i], d, exp_of<true>(d));
       }
     }
   const Vec<A> most = larger(larger(p[0].s, p[1].s), larger(p[2].s, p[3].s));
@@ -226,7 +226,10 @@ void backward(const TokenStatsBackwardArgs& args, int64_t begin, int64_t end) {
       std::memset(out, 0, f.vocab * sizeof(T));
       continue;
     }
-    const auto value = [r](const void* rows) { return rows ? static_cast<const A*>(rows)[r] : A(0); };
+    const auto value = [r](const void* rows) {
+      const A x = rows ? static_cast<const A*>(rows)[r] : A(0);
+      return x == x ? x : static_cast<A>(__builtin_nan(""));  // one payload, see rounded_to_upper_half
+    };
     const A g_logp = value(args.grad_logps) * inverse_temperature;
     const A g_entropy = value(args.grad_entropy) * inverse_temperature;
     const A entropy = value(f.entropy), m = value(f.row_max), log_s = value(f.log_sum);
@@ -234,10 +237,15 @@ void backward(const TokenStatsBackwardArgs& args, int64_t begin, int64_t end) {
       const Vec<A> log_p = shifted<A>(l, m) - log_s;
       return logit_gradient(log_p, exp_of(log_p), g_logp, g_entropy, entropy);
     };
+    // The same where g_entropy is 0, two operations shorter.
+    const auto without_entropy = [&](Vec<A> l) { return -g_logp * exp_of(shifted<A>(l, m) - log_s); };
     const bool has_label = label >= 0 && label < f.vocab;
     // Before the row is overwritten, where it is.
     const A own = has_label ? gradient(Vec<A>{} + widen(row[label]) * inverse_temperature)[0] + g_logp : A(0);
-    map_row(f, row, out, scratch, gradient);
+    if (g_entropy == 0)
+      map_row(f, row, out, scratch, without_entropy);
+    else
+      map_row(f, row, out, scratch, gradient);
     if (has_label) narrow(own, out + label);
   }
 }

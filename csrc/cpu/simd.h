@@ -78,20 +78,24 @@ inline Vec<float> larger(Vec<float> a, Vec<float> b) {
 
 inline bool any_of(Simd<float>::Int mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
 
-// Here n is a multiple of 1/16, so that a cubic will do; a table has the sixteen powers of two between.
+// Here n is a multiple of 1/16, so that a cubic will do; a table has the sixteen powers of two between. In a `sum` with
+// terms near 1 the last digits of log 2 do not count: its error is n times 2e-9 of a term e^-n.
+template <bool sum = false>
 inline Vec<float> exp_of(Vec<float> x) {
   constexpr Vec<float> powers = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
                                  1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
                                  1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
   const Vec<float> shifted = x * 1.44269504f + 786432.0f;  // 1.5 * 2^19: rounds to sixteenths in the low bits
   const Vec<float> n = shifted - 786432.0f;
-  const Vec<float> f = (x - n * 0.693147182f) + n * 1.90465421e-9f;  // fused: log 2 to twice the digits
+  Vec<float> f = x - n * 0.693147182f;  // fused: the product is not rounded
+  if (!sum) f += n * 1.90465421e-9f;    // log 2 to twice the digits
   Vec<float> p = 1.0f / 6 * f + 0.5f;
   p = (p * f + 1.0f) * f;
   const Vec<float> power = (Vec<float>)_mm512_permutexvar_ps((__m512i)shifted, (__m512)powers);
   return (Vec<float>)_mm512_scalef_ps((__m512)(power * p + power), (__m512)n);  // times 2^floor(n)
 }
 #else
+template <bool sum = false>
 inline Vec<float> exp_of(Vec<float> x) {
   const Vec<float> shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
   const Vec<float> n = shifted - 12582912.0f;
@@ -113,6 +117,7 @@ inline Vec<float> exp_of(Vec<float> x) {
 }
 #endif
 
+template <bool sum = false>
 inline Vec<double> exp_of(Vec<double> x) {
   const Vec<double> shifted = x * 1.4426950408889634 + 6755399441055744.0;
   const Vec<double> n = shifted - 6755399441055744.0;
@@ -188,17 +193,17 @@ inline float widen(Float16 x) {
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 
-// bfloat16 of a float's bits, in the upper half: to nearest, ties to even, NaN to NaN.
+// bfloat16 of a float's bits, in the upper half: to nearest, ties to even. A NaN stays one unless the low bits of its
+// payload are set, which no arithmetic does.
 template <class Bits>
 inline Bits rounded_to_upper_half(Bits bits) {
-  const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  return (bits & 0x7fffffff) > 0x7f800000 ? Bits{} + 0x7fc00000 : rounded;
+  return bits + 0x7fff + ((bits >> 16) & 1);
 }
 
 inline void narrow(float f, BFloat16* out) {
   uint32_t bits;
   std::memcpy(&bits, &f, sizeof bits);
-  out->bits = static_cast<uint16_t>(rounded_to_upper_half(bits) >> 16);
+  out->bits = f != f ? 0x7fc0 : static_cast<uint16_t>(rounded_to_upper_half(bits) >> 16);
 }
 
 inline void narrow(float f, Float16* out) {
