@@ -42,8 +42,9 @@ __device__ inline double lowest(double) { return -1.7976931348623157e308; }
 __device__ inline float shifted(float l, float m) { return larger_or_nan(l - m, -200.0f); }
 __device__ inline double shifted(double l, double m) { return l - m < -1500 ? -1500 : l - m; }
 
-// e^d for d <= 0. The rounding of d log2(e), which alone would cost |d| / 2 ulp, is known exactly and comes back as a
-// factor of 1 + rest: the error is that of exp2_approximate and one ulp for d > -20, two for d > -43. Half of expf's cost.
+// e^d for d <= 0, at half of expf's cost, which would not fit into the time that the logits take to arrive. The rounding
+// of d log2(e) alone would cost |d| / 2 ulp; it is known exactly and comes back as the factor 1 + rest. What is left adds
+// to the 2 ulp of exp2_approximate one ulp for d > -20, two for d > -43, three at most.
 __device__ inline float exp_of(float d) {
   const float power = product(d, 1.442695041f), e = exp2_approximate(power);
   const float rest = fmaf(power, -0.6931471806f, d);
