@@ -42,9 +42,9 @@ __device__ inline double lowest(double) { return -1.7976931348623157e308; }
 __device__ inline float shifted(float l, float m) { return larger_or_nan(l - m, -200.0f); }
 __device__ inline double shifted(double l, double m) { return l - m < -1500 ? -1500 : l - m; }
 
-// e^d for d <= 0, at half of expf's cost, which would not fit into the time that the logits take to arrive. The rounding
-// of d log2(e) alone would cost |d| / 2 ulp; it is known exactly and comes back as the factor 1 + rest. What is left adds
-// to the 2 ulp of exp2_approximate one ulp for d > -20, two for d > -43, three at most.
+// e^d for d <= 0, at half of expf's cost, which would not fit into the time that the logits take to arrive. The
+// rounding of d log2(e) alone would cost |d| / 2 ulp; it is known exactly and comes back as the factor 1 + rest. What
+// is left adds to the 2 ulp of exp2_approximate one ulp for d > -20, two for d > -43, three at most.
 __device__ inline float exp_of(float d) {
   const float power = product(d, 1.442695041f), e = exp2_approximate(power);
   const float rest = fmaf(power, -0.6931471806f, d);
@@ -58,8 +58,8 @@ template <class T>
 struct RowPart {
   static constexpr int lanes = 16 / sizeof(T);
   int64_t head, begin, end;
-  int64_t loose;    // this thread's element outside of the vectors, or none: vocab or more
-  bool any_loose;   // has any thread one
+  int64_t loose;   // this thread's element outside of the vectors, or none: vocab or more
+  bool any_loose;  // has any thread one
 
   __device__ RowPart(const T* row, int64_t vocab) {
     const int before = static_cast<int>(-reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
@@ -102,9 +102,11 @@ __device__ Running<A> merged(Running<A> a, Running<A> b) {
 // The same for every lane, and in the same order every time.
 template <class A>
 __device__ Running<A> merged_over_warp(Running<A> a) {
-  for (int lane = 16; lane > 0; lane /= 2)
-    a = merged(a, Running<A>{__shfl_xor_sync(whole_warp, a.m, lane),
-                             {__shfl_xor_sync(whole_warp, a.sums.s, lane), __shfl_xor_sync(whole_warp, a.sums.t, lane)}});
+  for (int lane = 16; lane > 0; lane /= 2) {
+    const A m = __shfl_xor_sync(whole_warp, a.m, lane);
+    const A s = __shfl_xor_sync(whole_warp, a.sums.s, lane), t = __shfl_xor_sync(whole_warp, a.sums.t, lane);
+    a = merged(a, Running<A>{m, {s, t}});
+  }
   return a;
 }
 

@@ -1,4 +1,4 @@
-// token_stats on CUDA: a block sums up a row, or its part of one where there are few; then a second kernel merges the parts.
+// token_stats on CUDA: a block sums up a row; where rows are few, a part of one, and a second kernel merges the parts.
 #include <array>
 #include <cstdio>
 
@@ -26,7 +26,7 @@ __device__ acc_t<T> logit_at(const TokenStatsArgs& args, int64_t r, int64_t v) {
   return product(widen(row_of<T>(args, r)[v]), static_cast<acc_t<T>>(args.inverse_temperature));
 }
 
-// ---- what becomes of a row's sums: the statistics, or a step in the state of its tiles --------------------------------
+// ---- what becomes of a row's sums: the statistics, or a step in the state of its tiles ------------------------------
 
 __device__ const TokenStatsArgs& rows_of(const TokenStatsArgs& args) { return args; }
 __device__ const TokenStatsArgs& rows_of(const TokenStatsTileArgs& args) { return args.tile; }
@@ -66,10 +66,14 @@ __device__ void write_row(const TokenStatsTileArgs& args, int64_t r, const Runni
   label_logit[r] = args.last() ? log_prob_of(logit, total.m, log_s) : logit;
 }
 
+// Blocks that shall share a multiprocessor: while some wait for logits, the others compute. More would spill registers.
+template <class T>
+constexpr int resident = sizeof(T) == 8 ? 2 : 4;
+
 // ---- forward --------------------------------------------------------------------------------------------------------
 
 template <class T, class Args>
-__global__ void __launch_bounds__(threads, sizeof(T) == 8 ? 2 : 4) sum_rows(Args args) {
+__global__ void __launch_bounds__(threads, resident<T>) sum_rows(Args args) {
   using A = acc_t<T>;
   const TokenStatsArgs& rows = rows_of(args);
   for (int64_t r = blockIdx.x; r < rows.rows; r += gridDim.x) {
@@ -115,11 +119,11 @@ struct RowGradient {
     return logit_gradient(log_p, exp_of(log_p), g_logp, g_entropy, entropy);
   }
 
-  // From unit `at` on, every step-th before `end`; a unit is one or more elements T, the row's first unit entry `first`.
-  // Two are loaded before one is stored: out may be in, so the compiler would not move a load up.
+  // From unit `at` on, every step-th before `end`; a unit is one or more elements T, the first unit starts at `first`.
+  // Several are loaded before one is stored: out may be in, so the compiler would not move a load up.
   template <class T, class Unit>
   __device__ void write(const Unit* in, Unit* out, int64_t first, int64_t at, int64_t end, int64_t step) const {
-    constexpr int batch = 2, count = sizeof(Unit) / sizeof(T);
+    constexpr int batch = sizeof(Unit) == 16 ? 2 : 8, count = sizeof(Unit) / sizeof(T);
     const int64_t label_unit = label < first ? -1 : (label - first) / count;
     const int label_place = static_cast<int>((label - first) % count);
     for (; at < end; at += batch * step) {
@@ -153,7 +157,7 @@ __device__ void write_zeros(T* out, int64_t vocab) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(threads, sizeof(T) == 8 ? 2 : 4) backward(TokenStatsBackwardArgs args) {
+__global__ void __launch_bounds__(threads, resident<T>) backward(TokenStatsBackwardArgs args) {
   using A = acc_t<T>;
   const TokenStatsArgs& f = args.forward;
   for (int64_t r = blockIdx.x; r < f.rows; r += gridDim.x) {
@@ -165,20 +169,21 @@ __global__ void __launch_bounds__(threads, sizeof(T) == 8 ? 2 : 4) backward(Toke
     check_label(f.labels[r], f.entries);
     RowGradient<A> gradient{};
     gradient.label = f.labels[r] - f.first_entry;
-    gradient.inverse_temperature = static_cast<A>(f.inverse_temperature);
     gradient.m = static_cast<const A*>(f.row_max)[r];
     gradient.log_s = static_cast<const A*>(f.log_sum)[r];
     gradient.entropy = static_cast<const A*>(f.entropy)[r];
-    // times d scaled logit / d logit, once for the row
-    if (args.grad_logps) gradient.g_logp = static_cast<const A*>(args.grad_logps)[r] * gradient.inverse_temperature;
-    if (args.grad_entropy) gradient.g_entropy = static_cast<const A*>(args.grad_entropy)[r] * gradient.inverse_temperature;
+    // d scaled logit / d logit, once for the row
+    const A slope = gradient.inverse_temperature = static_cast<A>(f.inverse_temperature);
+    if (args.grad_logps) gradient.g_logp = static_cast<const A*>(args.grad_logps)[r] * slope;
+    if (args.grad_entropy) gradient.g_entropy = static_cast<const A*>(args.grad_entropy)[r] * slope;
 
     const T* row = row_of<T>(f, r);
     const RowPart<T> part(row, f.vocab);
     int64_t at = part.loose, step = f.vocab;
     if ((reinterpret_cast<uintptr_t>(row) - reinterpret_cast<uintptr_t>(out)) % 16 == 0) {
-      gradient.template write<T>(reinterpret_cast<const uint4*>(row + part.head), reinterpret_cast<uint4*>(out + part.head),
-                                 part.head, part.begin + threadIdx.x, part.end, threads);
+      const uint4* vectors = reinterpret_cast<const uint4*>(row + part.head);
+      gradient.template write<T>(vectors, reinterpret_cast<uint4*>(out + part.head), part.head,
+                                 part.begin + threadIdx.x, part.end, threads);
     } else {  // no vector is aligned in both
       at = blockIdx.y * threads + threadIdx.x;
       step = gridDim.y * threads;

@@ -32,7 +32,8 @@ struct alignas(16) uint4 {
 
 struct Block {
   explicit Block(int threads) : all(threads), words(2 * threads) {
-    for (int first = 0; first < threads; first += 32) warps.push_back(std::make_unique<std::barrier<>>(std::min(32, threads - first)));
+    for (int first = 0; first < threads; first += 32)
+      warps.push_back(std::make_unique<std::barrier<>>(std::min(32, threads - first)));
   }
   std::barrier<> all;
   std::vector<std::unique_ptr<std::barrier<>>> warps;
@@ -95,8 +96,8 @@ namespace mallowspo::cuda {
 inline float exp2_approximate(float x) { return x < -126 ? 0 : exp2f(x); }
 inline float larger_or_nan(float x, float y) { return x != x || x > y ? x : y; }
 
-// A few blocks only, so that the kernels walk over what is left, as they do on a device with many rows. The threads serve
-// all blocks, one after another; they end with the launch, which orders it before the next.
+// A few blocks only, so that the kernels walk over what is left, as they do on a device with many rows. The threads
+// serve all blocks, one after another; they end with the launch, which orders it before the next.
 template <class... Args>
 void launch(void (*kernel)(Args...), int64_t blocks, int parts, int threads, Args... args) {
   const Index grid{static_cast<unsigned>(blocks < 3 ? blocks : 3), static_cast<unsigned>(parts)};
