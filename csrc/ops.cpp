@@ -118,6 +118,18 @@ Tensor with_contiguous_rows(const Tensor& logits) {
   return last >= 0 && logits.size(last) > 1 && logits.stride(last) != 1 ? torch::stable::contiguous(logits) : logits;
 }
 
+// What the CUDA kernels of a forward need besides the outputs; the tensor owns it until they are launched.
+OptionalTensor with_scratch(TokenStatsArgs& args, const Tensor& logits) {
+  int64_t numbers = 0;
+#if defined(MALLOWSPO_WITH_CUDA)
+  if (args.rows > 0 && !logits.is_cpu()) numbers = cuda::token_stats_scratch(args);
+#endif
+  if (numbers == 0) return {};
+  const Tensor scratch = torch::stable::new_empty(logits, {numbers}, accumulator_of(logits));
+  args.scratch = scratch.mutable_data_ptr();
+  return scratch;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(const Tensor& logits_in, const Tensor& labels_in,
                                                        int64_t ignore_index, double temperature) {
   const Tensor logits = with_contiguous_rows(logits_in), labels = torch::stable::contiguous(labels_in);
@@ -128,6 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(const Tensor& logits_in, 
   args.entropy = entropy.mutable_data_ptr();
   args.row_max = row_max.mutable_data_ptr();
   args.log_sum = log_sum.mutable_data_ptr();
+  const OptionalTensor scratch = with_scratch(args, logits);
   if (args.rows > 0) MALLOWSPO_RUN(logits, token_stats, args);
   return {logps, entropy, row_max, log_sum};
 }
@@ -156,6 +169,7 @@ void token_stats_tile(const Tensor& state, const Tensor& logits, const Tensor& l
     *part = at;
     at += args.tile.rows * static_cast<int64_t>(state.element_size());
   }
+  const OptionalTensor scratch = with_scratch(args.tile, logits);
   if (args.tile.rows > 0) MALLOWSPO_RUN(logits, token_stats_tile, args);
 }
 

@@ -20,11 +20,11 @@ struct RowLayout {
 #endif
       Int offset(Int row) const {
     Int at = 0;
-    for (int d = dims - 1; d >= 0; --d) {
+    for (int d = dims - 1; d > 0; --d) {
       at += row % sizes[d] * strides[d];
       row /= sizes[d];
     }
-    return at;
+    return at + row * strides[0];
   }
 };
 
@@ -41,6 +41,7 @@ struct TokenStatsArgs {
   // [rows], float32 (float64 for float64 logits). The maximum and the log of the sum are kept apart: their sum, the
   // log-sum-exp, would lose digits where the logits carry a large offset.
   void *logps, *entropy, *row_max, *log_sum;
+  void* scratch;  // token_stats_scratch() numbers of the outputs' dtype, on CUDA
 };
 
 // What the tiles of a row have given so far (core/token_stats.h): m, s, t and the label's logit; all [rows]. The last
@@ -98,6 +99,9 @@ struct MallowsArgs {
   }
 MALLOWSPO_DECLARE_BACKEND(cpu)
 MALLOWSPO_DECLARE_BACKEND(cuda)
+namespace cuda {
+int64_t token_stats_scratch(const TokenStatsArgs&);  // of token_stats and token_stats_tile
+}
 #undef MALLOWSPO_DECLARE_BACKEND
 
 }  // namespace mallowspo

@@ -23,6 +23,8 @@ VIEWS = {
     "transposed": lambda x: x.transpose(0, 1),
     "all but the last token": lambda x: x[:, :-1],
     "expanded": lambda x: x[:1].expand(7, *x.shape[1:]),
+    "unaligned rows": lambda x: x[..., 1:],
+    "odd and unaligned rows": lambda x: x[..., 3:-2],
     "strided vocabulary": lambda x: x[..., ::2],
     "no rows": lambda x: x[:0],
 }
@@ -63,6 +65,31 @@ def logits_and_labels(dtype, rows=(5, 6), vocab=300):
     return logits.to(dtype), torch.zeros(rows, dtype=torch.long)
 
 
+# Rows that are one block's, and rows cut into parts that a second kernel merges.
+SHAPES = {"whole rows": ((2100,), 301), "rows in parts": ((3,), 20_001)}
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def on_gpu(dtype, shape):
+    """Logits, labels of which every third is ignored, and a gradient for both results."""
+    logits, _ = logits_and_labels(dtype, *shape)
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.randint(shape[-1], shape[0], generator=generator)
+    labels[1::3] = -100
+    grads = torch.randn(2, *labels.shape, generator=generator, dtype=result_dtype(dtype))
+    return logits.to(DEVICE), labels.to(DEVICE), grads.to(DEVICE)
+
+
+def stats_and_gradient(logits, labels, grads):
+    logits = logits.detach().requires_grad_()
+    stats = F.token_stats(logits, labels)
+    return *(x.detach() for x in stats), *torch.autograd.grad(stats, logits, tuple(grads))
+
+
+def assert_same_bits(first, second):
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+
+
 @dtypes
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
@@ -74,15 +101,38 @@ def test_token_stats(dtype, temperature, view):
     assert_same(on_both_devices(lambda x, y: F.token_stats(view(x), y, temperature=temperature), logits, labels))
 
 
-@dtypes
-@pytest.mark.parametrize("vocab", [1, 31, 256, 257, 50257])
-def test_token_stats_widths(dtype, vocab):
-    assert_same(on_both_devices(F.token_stats, *logits_and_labels(dtype, (3,), vocab)))
+WIDTHS = [1, 7, 8, 9, 31, 256, 257, 2048, 8192, 8193, 50_257, 151_936]
 
 
 @dtypes
-def test_undefined_rows(dtype):
-    logits, labels = logits_and_labels(dtype, (5,))
+@pytest.mark.parametrize(
+    "rows, vocab", [(1, v) for v in WIDTHS] + [(3, v) for v in WIDTHS] + [(300, v) for v in WIDTHS[:-1]]
+)
+def test_token_stats_widths(dtype, rows, vocab):
+    """The label is everywhere: in the loose elements of a row, in its vectors, in each of its parts."""
+    logits, _ = logits_and_labels(dtype, (rows,), vocab)
+    labels = torch.arange(rows) * 7919 % vocab
+    labels[rows // 2] = vocab - 1
+    assert_same(on_both_devices(F.token_stats, logits, labels))
+
+
+@pytest.mark.parametrize("bound, roundings", [(43, 4), (87, 5)])
+def test_error_of_the_exponential(bound, roundings):
+    """Beside a logit so much larger that log s is 0, the gradient of the other one is minus its exponential."""
+    margin = torch.linspace(17, bound, 100_001)[1:-1]
+    logits = torch.stack([torch.zeros_like(margin), -margin], 1).to(DEVICE)
+    labels = torch.zeros(len(margin), dtype=torch.long, device=DEVICE)
+    grads = torch.stack([torch.ones_like(margin), torch.zeros_like(margin)]).to(DEVICE)
+    logps, _, gradient = stats_and_gradient(logits, labels, grads)
+    exact = torch.tensor([math.exp(-x) for x in margin.tolist()], dtype=torch.float64)
+    assert not logps.any()
+    assert ((-gradient[:, 1].cpu() / exact - 1).abs() <= roundings * torch.finfo(torch.float32).eps).all()
+
+
+@dtypes
+@pytest.mark.parametrize("vocab", [300, 20_001])
+def test_undefined_rows(dtype, vocab):
+    logits, labels = logits_and_labels(dtype, (5,), vocab)
     logits[0, 200], logits[1, 7], logits[2] = math.nan, math.inf, -math.inf
     runs = on_both_devices(F.token_stats, logits, labels)
     assert all(x[:3].isnan().all() and not x[3:].isnan().any() for x in runs[1])
@@ -153,24 +203,116 @@ def test_a_bad_dispersion_makes_its_own_pair_nan():
 
 
 @dtypes
-def test_same_bits_every_time(dtype):
-    logits, labels = (x.to(DEVICE) for x in logits_and_labels(dtype))
-    first, second = (F.token_stats(logits, labels) for _ in range(2))
-    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+@shapes
+def test_same_bits_every_time(dtype, shape):
+    case = on_gpu(dtype, shape)
+    first = stats_and_gradient(*case)
+    for _ in range(20):
+        assert_same_bits(stats_and_gradient(*case), first)
 
 
-def test_runs_on_the_current_stream():
-    """On a side stream that is still busy producing the logits, the kernel has to wait for them."""
-    logits, labels = (x.to(DEVICE) for x in logits_and_labels(torch.float32))
-    expected, late = F.token_stats(logits, labels), torch.zeros_like(logits)
+@shapes
+def test_runs_on_the_current_stream(shape):
+    """On a side stream that is still busy producing the logits, the kernels have to wait for them."""
+    logits, labels, grads = on_gpu(torch.float32, shape)
+    expected, late = stats_and_gradient(logits, labels, grads), torch.zeros_like(logits)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
         late.copy_(logits)
-        stats = F.token_stats(late, labels)
+        results = stats_and_gradient(late, labels, grads)
     stream.synchronize()
-    assert all(torch.equal(one, two) for one, two in zip(stats, expected, strict=True))
+    assert_same_bits(results, expected)
+
+
+def pair_results(logps, dispersion):
+    """Losses, log-probabilities and their gradients: the operators that run one kernel each way."""
+    logps, dispersion = (x.detach().requires_grad_() for x in (logps, dispersion))
+    losses = F.preference_loss(logps, -logps, neg_log_dispersion=dispersion, link="mallows-phi").losses
+    log_probs = F.mallows_log_prob(logps, dispersion)
+    return losses.detach(), log_probs.detach(), *torch.autograd.grad((losses + log_probs).sum(), (logps, dispersion))
+
+
+@dtypes
+@shapes
+def test_graph_capture_and_replay(dtype, shape):
+    """Captured on one input and replayed on another, in the same buffers: the results are those of the other."""
+    logits, labels, grads = on_gpu(dtype, shape)
+    logps, dispersion = grads[0].clone(), grads[1].abs()
+
+    def everything():
+        return *stats_and_gradient(logits, labels, grads), *pair_results(logps, dispersion)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # torch wants a warm-up on a side stream
+        everything()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = everything()
+    for buffer in (logits, logps, dispersion):
+        buffer.copy_(buffer.flip(0) * 0.5)
+    expected = everything()
+    for _ in range(2):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same_bits(captured, expected)
+
+
+@shapes
+def test_nothing_waits_for_the_device(shape):
+    case = on_gpu(torch.bfloat16, shape)
+    hidden, weight = (torch.randn(n, 16, device=DEVICE, requires_grad=True) for n in (len(case[1]), 50))
+    labels = case[1].clamp(max=49)
+
+    def everything():
+        stats_and_gradient(*case)
+        pair_results(case[2][0], case[2][1].abs())
+        for head in (weight, weight.detach()):
+            F.linear_token_stats(hidden, head, labels, chunk_tokens=1000).logps.sum().backward()
+
+    everything()  # what is set up once may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        everything()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [*SHAPES.values(), ((5,), 1024), ((5,), 3)], ids=str)
+def test_backward_in_place(dtype, shape):
+    logits, labels, grads = on_gpu(dtype, shape)
+    _, *saved = torch.ops.mallowspo.token_stats(logits, labels, -100, 0.7)
+    expected = torch.ops.mallowspo.token_stats_backward(*grads, logits, labels, *saved, -100, 0.7)
+    torch.ops.mallowspo.token_stats_backward_tile(logits, *grads, labels, *saved, 0, shape[1], -100, 0.7)
+    assert_same_bits([logits], [expected])
+
+
+@dtypes
+@pytest.mark.parametrize("width", [2500, 9001])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_tiles_of_the_vocabulary(dtype, width, shape):
+    """A tile's own rows are cut into parts too where they are few and wide enough."""
+    logits, labels, _ = on_gpu(dtype, shape)
+    state = torch.zeros(4, len(labels), dtype=result_dtype(dtype), device=DEVICE)
+    state[0] = torch.finfo(state.dtype).min
+    for first in range(0, shape[1], width):
+        tile = logits[:, first : first + width]
+        torch.ops.mallowspo.token_stats_tile(state, tile, labels, first, shape[1], -100, 0.7)
+    row_max, log_sum, entropy, logps = state
+    whole = torch.ops.mallowspo.token_stats(logits, labels, -100, 0.7)
+    assert_same([[x.cpu() for x in whole], [x.cpu() for x in (logps, entropy, row_max, log_sum)]])
+
+
+def test_offsets_beyond_32_bits():
+    values, labels, grads = on_gpu(torch.bfloat16, ((2,), 48))
+    labels.fill_(3)
+    far = torch.empty(2**31 + 48, dtype=torch.bfloat16, device=DEVICE).as_strided((2, 48), (2**31, 1)).copy_(values)
+    assert_same_bits(stats_and_gradient(far, labels, grads), stats_and_gradient(values, labels, grads))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

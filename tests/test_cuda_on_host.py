@@ -18,7 +18,9 @@ SOURCES = [
     ROOT / "csrc" / "cpu" / "row_kernels.cpp",
     ROOT / "csrc" / "cpu" / "pairs.cpp",
 ]
-FLAGS = "-x c++ -std=c++20 -O1 -g -Wall -Wno-psabi -fno-math-errno -ffp-contract=off -pthread".split()
+FLAGS = (
+    "-x c++ -std=c++20 -O1 -g -Wall -Wno-psabi -Wno-unknown-pragmas -fno-math-errno -ffp-contract=off -pthread".split()
+)
 DEFINES = ["-DMALLOWSPO_CUDA_ON_HOST", "-DMALLOWSPO_ISA=baseline", f"-I{HERE}"]
 
 

@@ -1,4 +1,5 @@
-// How every .cu file launches: on the current stream, checked.
+// What every .cu file needs of CUDA: its headers, two instructions without a name in C++, and launches on the current
+// stream, checked.
 #pragma once
 
 #if defined(MALLOWSPO_CUDA_ON_HOST)
@@ -17,6 +18,20 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace mallowspo::cuda {
 
+// 2^x to 2 ulp; 0 where the result is below the smallest normal number. CUDA's own expf ends in this instruction too.
+__device__ inline float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The larger one, or NaN where one is NaN; fmaxf would return the other.
+__device__ inline float larger_or_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
 // The current stream of the current device, which the caller's device guard has set.
 inline cudaStream_t current_stream() {
   int device = 0;
@@ -33,10 +48,11 @@ inline void check_launch() {
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA kernel launch failed: ", cudaGetErrorString(error));
 }
 
-// The only place that launches: at most 65536 blocks, over whose number the kernels walk.
+// The only place that launches: at most 65536 blocks along x, over whose number the kernels walk, and `parts` along y.
 template <class... Args>
-void launch(void (*kernel)(Args...), int64_t blocks, int threads, Args... args) {
-  kernel<<<static_cast<unsigned>(blocks < 65536 ? blocks : 65536), threads, 0, current_stream()>>>(args...);
+void launch(void (*kernel)(Args...), int64_t blocks, int parts, int threads, Args... args) {
+  const dim3 grid(static_cast<unsigned>(blocks < 65536 ? blocks : 65536), static_cast<unsigned>(parts));
+  kernel<<<grid, threads, 0, current_stream()>>>(args...);
   check_launch();
 }
 

@@ -19,7 +19,8 @@ __global__ void each(Args args, int64_t count) {
 
 template <class Args, Element<Args> f32, Element<Args> f64>
 void launch_elements(const Args& args, int64_t count) {
-  launch(args.dtype == DType::f64 ? each<Args, f64> : each<Args, f32>, (count + threads - 1) / threads, threads, args, count);
+  launch(args.dtype == DType::f64 ? each<Args, f64> : each<Args, f32>, (count + threads - 1) / threads, 1,
+         threads, args, count);
 }
 
 }  // namespace

@@ -1,76 +1,11 @@
-// token_stats on CUDA: one block a row, each thread an online softmax over its share, merged by warp shuffles.
+// token_stats on CUDA: a block sums up a row; where rows are few, a part of one, and a second kernel merges the parts.
+#include <array>
 #include <cstdio>
 
-#include "../core/token_stats.h"
-#include "../rows.h"
-#include "launch.h"
+#include "row.cuh"
 
 namespace mallowspo::cuda {
 namespace {
-
-constexpr int threads = 256, warps = threads / 32;
-
-template <class T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-template <class T>
-using acc_t = typename Accumulator<T>::type;
-
-__device__ float widen(float x) { return x; }
-__device__ double widen(double x) { return x; }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float widen(__half x) { return __half2float(x); }
-__device__ void narrow(float x, float* out) { *out = x; }
-__device__ void narrow(double x, double* out) { *out = x; }
-__device__ void narrow(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
-__device__ void narrow(float x, __half* out) { *out = __float2half_rn(x); }
-
-// Rounded here: fused with a later subtraction of the maximum it would be another number than the one compared.
-__device__ float product(float x, float y) { return __fmul_rn(x, y); }
-__device__ double product(double x, double y) { return __dmul_rn(x, y); }
-
-__device__ float lowest(float) { return -3.402823466e38f; }
-__device__ double lowest(double) { return -1.7976931348623157e308; }
-
-// l - m, kept finite so that a logit of -inf contributes 0 * finite = 0; NaN stays NaN.
-template <class A>
-__device__ A shifted(A l, A m) {
-  const A d = l - m, floor = sizeof(A) == 4 ? A(-200) : A(-1500);
-  return d < floor ? floor : d;
-}
-
-template <class A>
-struct Running {
-  A m;
-  Partial<A> sums;
-};
-
-template <class A>
-__device__ void rebase(Running<A>& a, A m) {
-  const A delta = shifted(a.m, m);
-  shift(a.sums, delta, exp(delta));
-  a.m = m;
-}
-
-template <class A>
-__device__ Running<A> merged(Running<A> a, Running<A> b) {
-  if (a.m < b.m) rebase(a, b.m);
-  if (b.m < a.m) rebase(b, a.m);
-  return {a.m, {a.sums.s + b.sums.s, a.sums.t + b.sums.t}};
-}
-
-template <class A>
-__device__ Running<A> merged_over_warp(Running<A> a) {
-  for (int lane = 16; lane > 0; lane /= 2)
-    a = merged(a, Running<A>{__shfl_xor_sync(0xffffffffu, a.m, lane),
-                             {__shfl_xor_sync(0xffffffffu, a.sums.s, lane), __shfl_xor_sync(0xffffffffu, a.sums.t, lane)}});
-  return a;
-}
 
 // As torch's own kernels do: a label outside the vocabulary stops the process instead of reading foreign memory.
 __device__ void check_label(int64_t label, int64_t vocab) {
@@ -82,128 +17,225 @@ __device__ void check_label(int64_t label, int64_t vocab) {
 }
 
 template <class T>
+__device__ const T* row_of(const TokenStatsArgs& args, int64_t r) {
+  return static_cast<const T*>(args.logits) + args.layout.offset(r);
+}
+
+template <class T>
 __device__ acc_t<T> logit_at(const TokenStatsArgs& args, int64_t r, int64_t v) {
-  const T* row = static_cast<const T*>(args.logits) + args.layout.offset(r);
-  return product(widen(row[v]), static_cast<acc_t<T>>(args.inverse_temperature));
+  return product(widen(row_of<T>(args, r)[v]), static_cast<acc_t<T>>(args.inverse_temperature));
 }
 
-// The block's row summed up; thread 0 has the result. Every thread of the block calls it.
-template <class T>
-__device__ Running<acc_t<T>> row_sums(const TokenStatsArgs& args, int64_t r) {
-  using A = acc_t<T>;
-  __shared__ Running<A> per_warp[warps];
-  Running<A> mine{lowest(A{}), {0, 0}};
-  for (int64_t v = threadIdx.x; v < args.vocab; v += threads) {
-    const A l = logit_at<T>(args, r, v);
-    if (l > mine.m) rebase(mine, l);
-    const A d = shifted(l, mine.m);
-    accumulate(mine.sums, d, static_cast<A>(exp(d)));
-  }
-  mine = merged_over_warp(mine);
-  __syncthreads();  // the row before may still be read
-  if (threadIdx.x % 32 == 0) per_warp[threadIdx.x / 32] = mine;
-  __syncthreads();
-  Running<A> total = per_warp[0];
-  if (threadIdx.x == 0)
-    for (int w = 1; w < warps; ++w) total = merged(total, per_warp[w]);
-  return total;
+// ---- what becomes of a row's sums: the statistics, or a step in the state of its tiles ------------------------------
+
+__device__ const TokenStatsArgs& rows_of(const TokenStatsArgs& args) { return args; }
+__device__ const TokenStatsArgs& rows_of(const TokenStatsTileArgs& args) { return args.tile; }
+
+template <class A>
+__device__ void write_ignored(const TokenStatsArgs& args, int64_t r) {
+  for (void* out : {args.logps, args.entropy, args.row_max, args.log_sum}) static_cast<A*>(out)[r] = 0;
+}
+
+template <class A>
+__device__ void write_ignored(const TokenStatsTileArgs& args, int64_t r) {
+  for (void* out : {args.row_max, args.sum, args.weighted, args.label_logit}) static_cast<A*>(out)[r] = 0;
 }
 
 template <class T>
-__global__ void forward(TokenStatsArgs args) {
+__device__ void write_row(const TokenStatsArgs& args, int64_t r, const Running<acc_t<T>>& total) {
   using A = acc_t<T>;
-  A *logps = static_cast<A*>(args.logps), *entropy = static_cast<A*>(args.entropy);
-  A *row_max = static_cast<A*>(args.row_max), *log_sum = static_cast<A*>(args.log_sum);
-  for (int64_t r = blockIdx.x; r < args.rows; r += gridDim.x) {
-    const int64_t label = args.labels[r];
-    if (label == args.ignore_index) {
-      if (threadIdx.x == 0) logps[r] = entropy[r] = row_max[r] = log_sum[r] = 0;
-      continue;
-    }
-    check_label(label, args.entries);
-    const Running<A> total = row_sums<T>(args, r);
-    if (threadIdx.x == 0) {
-      const A log_s = log(total.sums.s);
-      logps[r] = log_prob_of(logit_at<T>(args, r, label), total.m, log_s);
-      entropy[r] = entropy_of(log_s, total.sums);
-      row_max[r] = total.m;
-      log_sum[r] = log_s;
-    }
-  }
+  const A log_s = log(total.sums.s);
+  static_cast<A*>(args.logps)[r] = log_prob_of(logit_at<T>(args, r, args.labels[r]), total.m, log_s);
+  static_cast<A*>(args.entropy)[r] = entropy_of(log_s, total.sums);
+  static_cast<A*>(args.row_max)[r] = total.m;
+  static_cast<A*>(args.log_sum)[r] = log_s;
 }
 
 template <class T>
-__global__ void tile(TokenStatsTileArgs args) {
+__device__ void write_row(const TokenStatsTileArgs& args, int64_t r, const Running<acc_t<T>>& here) {
   using A = acc_t<T>;
-  const TokenStatsArgs& t = args.tile;
   A *row_max = static_cast<A*>(args.row_max), *sum = static_cast<A*>(args.sum);
   A *weighted = static_cast<A*>(args.weighted), *label_logit = static_cast<A*>(args.label_logit);
-  for (int64_t r = blockIdx.x; r < t.rows; r += gridDim.x) {
-    if (t.labels[r] == t.ignore_index) {
-      if (threadIdx.x == 0) row_max[r] = sum[r] = weighted[r] = label_logit[r] = 0;
+  const int64_t label = args.tile.labels[r] - args.tile.first_entry;
+  const Running<A> total = merged(Running<A>{row_max[r], {sum[r], weighted[r]}}, here);
+  const A logit = label >= 0 && label < args.tile.vocab ? logit_at<T>(args.tile, r, label) : label_logit[r];
+  const A log_s = log(total.sums.s);
+  row_max[r] = total.m;
+  sum[r] = args.last() ? log_s : total.sums.s;
+  weighted[r] = args.last() ? entropy_of(log_s, total.sums) : total.sums.t;
+  label_logit[r] = args.last() ? log_prob_of(logit, total.m, log_s) : logit;
+}
+
+// Blocks that shall share a multiprocessor: while some wait for logits, the others compute. More would spill registers.
+template <class T>
+constexpr int resident = sizeof(T) == 8 ? 2 : 4;
+
+// ---- forward --------------------------------------------------------------------------------------------------------
+
+template <class T, class Args>
+__global__ void __launch_bounds__(threads, resident<T>) sum_rows(Args args) {
+  using A = acc_t<T>;
+  const TokenStatsArgs& rows = rows_of(args);
+  for (int64_t r = blockIdx.x; r < rows.rows; r += gridDim.x) {
+    if (rows.labels[r] == rows.ignore_index) {
+      if (blockIdx.y == 0 && threadIdx.x == 0) write_ignored<A>(args, r);
       continue;
     }
-    check_label(t.labels[r], t.entries);
-    const int64_t label = t.labels[r] - t.first_entry;
-    const Running<A> here = row_sums<T>(t, r);
-    if (threadIdx.x == 0) {
-      const Running<A> total = merged(Running<A>{row_max[r], {sum[r], weighted[r]}}, here);
-      const A logit = label >= 0 && label < t.vocab ? logit_at<T>(t, r, label) : label_logit[r];
-      const A log_s = log(total.sums.s);
-      row_max[r] = total.m;
-      sum[r] = args.last() ? log_s : total.sums.s;
-      weighted[r] = args.last() ? entropy_of(log_s, total.sums) : total.sums.t;
-      label_logit[r] = args.last() ? log_prob_of(logit, total.m, log_s) : logit;
-    }
+    check_label(rows.labels[r], rows.entries);
+    const Running<A> sums = row_sums<T>(row_of<T>(rows, r), rows.vocab, static_cast<A>(rows.inverse_temperature));
+    if (threadIdx.x != 0) continue;
+    if (gridDim.y == 1)
+      write_row<T>(args, r, sums);
+    else
+      static_cast<Running<A>*>(rows.scratch)[r * gridDim.y + blockIdx.y] = sums;
   }
 }
 
-template <class T>
-__global__ void backward(TokenStatsBackwardArgs args) {
+// A warp a row; the order of the parts is always the same.
+template <class T, class Args>
+__global__ void merge_parts(Args args, int parts) {
   using A = acc_t<T>;
-  const TokenStatsArgs& f = args.forward;
-  const A inverse_temperature = static_cast<A>(f.inverse_temperature);
-  for (int64_t r = blockIdx.x; r < f.rows; r += gridDim.x) {
-    T* out = static_cast<T*>(args.grad_logits) + args.grad_layout.offset(r);
-    const bool ignored = f.labels[r] == f.ignore_index;
-    if (!ignored) check_label(f.labels[r], f.entries);
-    const int64_t label = f.labels[r] - f.first_entry;
-    const A g_logp = args.grad_logps && !ignored ? static_cast<const A*>(args.grad_logps)[r] : A(0);
-    const A g_entropy = args.grad_entropy && !ignored ? static_cast<const A*>(args.grad_entropy)[r] : A(0);
-    const A entropy = static_cast<const A*>(f.entropy)[r];
-    const A m = static_cast<const A*>(f.row_max)[r], log_s = static_cast<const A*>(f.log_sum)[r];
-    for (int64_t v = threadIdx.x; v < f.vocab; v += threads) {
-      A gradient = 0;
-      if (!ignored) {
-        const A log_p = shifted(logit_at<T>(f, r, v), m) - log_s;
-        gradient = logit_gradient(log_p, static_cast<A>(exp(log_p)), g_logp, g_entropy, entropy);
-        gradient = (gradient + (v == label ? g_logp : A(0))) * inverse_temperature;
+  const TokenStatsArgs& rows = rows_of(args);
+  const int lane = threadIdx.x % 32;
+  for (int64_t r = blockIdx.x * warps + threadIdx.x / 32; r < rows.rows; r += gridDim.x * warps) {
+    if (rows.labels[r] == rows.ignore_index) continue;
+    Running<A> total = nothing<A>();
+    for (int p = lane; p < parts; p += 32)
+      total = merged(total, static_cast<const Running<A>*>(rows.scratch)[r * parts + p]);
+    total = merged_over_warp(total);
+    if (lane == 0) write_row<T>(args, r, total);
+  }
+}
+
+// ---- backward -------------------------------------------------------------------------------------------------------
+
+template <class A>
+struct RowGradient {
+  int64_t label;  // in the row; outside of it where it belongs to another tile
+  A inverse_temperature, m, log_s, entropy, g_logp, g_entropy;
+
+  __device__ A operator()(A logit) const {
+    const A log_p = shifted(product(logit, inverse_temperature), m) - log_s;
+    return logit_gradient(log_p, exp_of(log_p), g_logp, g_entropy, entropy);
+  }
+
+  // From unit `at` on, every step-th before `end`; a unit is one or more elements T, the first unit starts at `first`.
+  // Several are loaded before one is stored: out may be in, so the compiler would not move a load up.
+  template <class T, class Unit>
+  __device__ void write(const Unit* in, Unit* out, int64_t first, int64_t at, int64_t end, int64_t step) const {
+    constexpr int batch = sizeof(Unit) == 16 ? 2 : 8, count = sizeof(Unit) / sizeof(T);
+    const int64_t label_unit = label < first ? -1 : (label - first) / count;
+    const int label_place = static_cast<int>((label - first) % count);
+    for (; at < end; at += batch * step) {
+      Unit units[batch];
+#pragma unroll
+      for (int u = 0; u < batch; ++u)
+        if (at + u * step < end) units[u] = in[at + u * step];
+#pragma unroll
+      for (int u = 0; u < batch; ++u) {
+        if (at + u * step >= end) break;
+        A x[count];
+        unpack<T>(units[u], x);
+        for (A& each : x) each = (*this)(each);
+        if (at + u * step == label_unit)
+          for (int i = 0; i < count; ++i) x[i] += i == label_place ? g_logp : A(0);
+        T narrowed[count];
+        for (int i = 0; i < count; ++i) narrow(x[i], narrowed + i);
+        memcpy(units + u, narrowed, sizeof(Unit));
+        out[at + u * step] = units[u];
       }
-      narrow(gradient, out + v);
     }
   }
+};
+
+template <class T>
+__device__ void write_zeros(T* out, int64_t vocab) {
+  const RowPart<T> part(out, vocab);
+  uint4* vectors = reinterpret_cast<uint4*>(out + part.head);
+  for (int64_t at = part.begin + threadIdx.x; at < part.end; at += threads) vectors[at] = uint4{};
+  if (part.loose < vocab) narrow(acc_t<T>(0), out + part.loose);
+}
+
+template <class T>
+__global__ void __launch_bounds__(threads, resident<T>) backward(TokenStatsBackwardArgs args) {
+  using A = acc_t<T>;
+  const TokenStatsArgs& f = args.forward;
+  for (int64_t r = blockIdx.x; r < f.rows; r += gridDim.x) {
+    T* out = static_cast<T*>(args.grad_logits) + args.grad_layout.offset(r);
+    if (f.labels[r] == f.ignore_index) {
+      write_zeros(out, f.vocab);
+      continue;
+    }
+    check_label(f.labels[r], f.entries);
+    RowGradient<A> gradient{};
+    gradient.label = f.labels[r] - f.first_entry;
+    gradient.m = static_cast<const A*>(f.row_max)[r];
+    gradient.log_s = static_cast<const A*>(f.log_sum)[r];
+    gradient.entropy = static_cast<const A*>(f.entropy)[r];
+    // d scaled logit / d logit, once for the row
+    const A slope = gradient.inverse_temperature = static_cast<A>(f.inverse_temperature);
+    if (args.grad_logps) gradient.g_logp = static_cast<const A*>(args.grad_logps)[r] * slope;
+    if (args.grad_entropy) gradient.g_entropy = static_cast<const A*>(args.grad_entropy)[r] * slope;
+
+    const T* row = row_of<T>(f, r);
+    const RowPart<T> part(row, f.vocab);
+    int64_t at = part.loose, step = f.vocab;
+    if ((reinterpret_cast<uintptr_t>(row) - reinterpret_cast<uintptr_t>(out)) % 16 == 0) {
+      const uint4* vectors = reinterpret_cast<const uint4*>(row + part.head);
+      gradient.template write<T>(vectors, reinterpret_cast<uint4*>(out + part.head), part.head,
+                                 part.begin + threadIdx.x, part.end, threads);
+    } else {  // no vector is aligned in both
+      at = blockIdx.y * threads + threadIdx.x;
+      step = gridDim.y * threads;
+    }
+    gradient.template write<T>(row, out, 0, at, f.vocab, step);
+  }
+}
+
+// ---- launches -------------------------------------------------------------------------------------------------------
+
+// Into how many parts a row is cut, so that few rows occupy the whole device: enough for this many blocks in all, but
+// none with less than one group of loads.
+constexpr int64_t enough_blocks = 2048;
+
+int parts_of(const TokenStatsArgs& args) {
+  const int64_t size = args.dtype == DType::f64 ? 8 : args.dtype == DType::f32 ? 4 : 2;
+  const int64_t least = threads * group * 16 / size, most = (args.vocab + least - 1) / least;
+  const int64_t wanted = (enough_blocks + args.rows - 1) / args.rows;
+  return static_cast<int>(wanted < most ? wanted : most);
+}
+
+template <class... Kernel>
+auto of_dtype(DType dtype, Kernel... kernels) {
+  return std::array{kernels...}[static_cast<size_t>(dtype)];
 }
 
 template <class Args>
-void launch_rows(const Args& args, DType dtype, int64_t rows, void (*f32)(Args), void (*f64)(Args),
-                 void (*bf16)(Args), void (*f16)(Args)) {
-  void (*const kernels[])(Args) = {f32, f64, bf16, f16};  // in the order of DType
-  launch(kernels[static_cast<int>(dtype)], rows, threads, args);
+void sum_up(const Args& args, const TokenStatsArgs& rows) {
+  const int parts = parts_of(rows);
+  launch(of_dtype(rows.dtype, sum_rows<float, Args>, sum_rows<double, Args>, sum_rows<__nv_bfloat16, Args>,
+                  sum_rows<__half, Args>),
+         rows.rows, parts, threads, args);
+  if (parts > 1)
+    launch(of_dtype(rows.dtype, merge_parts<float, Args>, merge_parts<double, Args>, merge_parts<__nv_bfloat16, Args>,
+                    merge_parts<__half, Args>),
+           (rows.rows + warps - 1) / warps, 1, threads, args, parts);
 }
 
 }  // namespace
 
-void token_stats(const TokenStatsArgs& args) {
-  launch_rows(args, args.dtype, args.rows, forward<float>, forward<double>, forward<__nv_bfloat16>, forward<__half>);
+int64_t token_stats_scratch(const TokenStatsArgs& args) {
+  const int parts = parts_of(args);
+  return parts > 1 ? 3 * args.rows * parts : 0;
 }
 
-void token_stats_tile(const TokenStatsTileArgs& args) {
-  launch_rows(args, args.tile.dtype, args.tile.rows, tile<float>, tile<double>, tile<__nv_bfloat16>, tile<__half>);
-}
+void token_stats(const TokenStatsArgs& args) { sum_up(args, args); }
+
+void token_stats_tile(const TokenStatsTileArgs& args) { sum_up(args, args.tile); }
 
 void token_stats_backward(const TokenStatsBackwardArgs& args) {
-  launch_rows(args, args.forward.dtype, args.forward.rows, backward<float>, backward<double>, backward<__nv_bfloat16>,
-         backward<__half>);
+  launch(of_dtype(args.forward.dtype, backward<float>, backward<double>, backward<__nv_bfloat16>, backward<__half>),
+         args.forward.rows, parts_of(args.forward), threads, args);
 }
 
 }  // namespace mallowspo::cuda

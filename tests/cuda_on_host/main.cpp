@@ -51,21 +51,37 @@ RowLayout layout(int64_t rows, int64_t stride) {
   return out;
 }
 
+// Runs a forward of the GPU with as much scratch as it asks for and no more; `rows` is a part of its arguments.
+template <class A, class Args>
+void run_forward(void (*forward)(const Args&), const Args& args, TokenStatsArgs& rows) {
+  std::vector<A> scratch(cuda::token_stats_scratch(rows), std::numeric_limits<A>::quiet_NaN());
+  rows.scratch = scratch.data();
+  forward(args);
+}
+
+struct Shape {
+  int64_t rows, vocab, stride, start;  // the first row begins `start` elements behind an aligned address
+};
+
 // All of token_stats for one dtype and shape: forward, backward, and the same in place over tiles of the vocabulary.
 template <class T, class A>
-void token_stats_case(const std::string& name, DType dtype, int64_t rows, int64_t vocab, int64_t stride, double tolerance,
-                      double temperature) {
+void token_stats_case(DType dtype, Shape shape, double tolerance, double temperature) {
+  const auto [rows, vocab, stride, start] = shape;
+  const std::string name = std::to_string(rows) + "x" + std::to_string(vocab) + " dtype " + std::to_string(int(dtype));
+  constexpr double infinity = std::numeric_limits<double>::infinity();
   std::normal_distribution<double> normal;
-  std::vector<T> logits(rows * stride);
-  for (T& x : logits) x = stored<T>(3 * normal(generator));
-  if (rows > 3 && vocab > 2) {  // a masked logit, a NaN, a row of -inf; further below an ignored row
-    logits[1] = stored<T>(-std::numeric_limits<double>::infinity());
+  std::vector<T> memory(start + (rows - 1) * stride + vocab);  // not one element more
+  T* logits = memory.data() + start;
+  for (T& x : memory) x = stored<T>(3 * normal(generator));
+  if (rows > 5) {  // a masked logit, a NaN, a row of -inf, an infinity; further below an ignored row, not the last one
+    logits[1] = stored<T>(-infinity);
     logits[stride] = stored<T>(std::numeric_limits<double>::quiet_NaN());
-    for (int64_t v = 0; v < vocab; ++v) logits[2 * stride + v] = stored<T>(-std::numeric_limits<double>::infinity());
+    for (int64_t v = 0; v < vocab; ++v) logits[2 * stride + v] = stored<T>(-infinity);
+    logits[3 * stride + vocab / 2] = stored<T>(infinity);
   }
   std::vector<int64_t> labels(rows);
   for (int64_t& label : labels) label = static_cast<int64_t>(generator() % vocab);
-  labels[rows - 1] = -100;
+  if (rows > 5) labels[4] = -100;
 
   struct Outputs {
     std::vector<A> logps, entropy, row_max, log_sum;
@@ -78,7 +94,7 @@ void token_stats_case(const std::string& name, DType dtype, int64_t rows, int64_
   base.ignore_index = -100;
   base.inverse_temperature = 1 / temperature;
   base.layout = layout(rows, stride);
-  base.logits = logits.data();
+  base.logits = logits;
   base.labels = labels.data();
   const auto with = [](TokenStatsArgs args, Outputs& out) {
     args.logps = out.logps.data();
@@ -88,7 +104,8 @@ void token_stats_case(const std::string& name, DType dtype, int64_t rows, int64_
     return args;
   };
   Outputs gpu(rows), host(rows);
-  cuda::token_stats(with(base, gpu));
+  TokenStatsArgs on_gpu = with(base, gpu);
+  run_forward<A>(cuda::token_stats, on_gpu, on_gpu);
   cpu::baseline::token_stats_rows(with(base, host), 0, rows);
   compare(name + " logps", gpu.logps, host.logps, tolerance);
   compare(name + " entropy", gpu.entropy, host.entropy, tolerance);
@@ -113,20 +130,22 @@ void token_stats_case(const std::string& name, DType dtype, int64_t rows, int64_
 
   std::vector<A> gpu_state(4 * rows), host_state(4 * rows);
   for (int64_t r = 0; r < rows; ++r) gpu_state[r] = host_state[r] = std::numeric_limits<A>::lowest();
-  std::vector<T> gpu_grad = logits, host_grad = logits;
+  std::vector<T> gpu_grad = memory, host_grad = memory;
   for (int pass = 0; pass < 2; ++pass)  // all tiles forward, then all tiles backward in place
     for (int64_t first = 0, width = (vocab + 2) / 3; first < vocab; first += width) {
       TokenStatsArgs tile = base;
       tile.first_entry = first;
       tile.vocab = std::min(width, vocab - first);
       const auto run = [&](std::vector<A>& state, std::vector<T>& grad, auto forward, auto backward) {
-        tile.logits = (pass ? grad.data() : logits.data()) + first;
+        T* here = grad.data() + start + first;
+        tile.logits = here;
         A* s = state.data();
         if (pass == 0) return forward(TokenStatsTileArgs{tile, s, s + rows, s + 2 * rows, s + 3 * rows});
         tile.row_max = s, tile.log_sum = s + rows, tile.entropy = s + 2 * rows;
-        backward(TokenStatsBackwardArgs{tile, grad_logps.data(), grad_entropy.data(), grad.data() + first, base.layout});
+        backward(TokenStatsBackwardArgs{tile, grad_logps.data(), grad_entropy.data(), here, base.layout});
       };
-      run(gpu_state, gpu_grad, cuda::token_stats_tile, cuda::token_stats_backward);
+      run(gpu_state, gpu_grad, [](TokenStatsTileArgs a) { run_forward<A>(cuda::token_stats_tile, a, a.tile); },
+          cuda::token_stats_backward);
       run(host_state, host_grad,
           [&](const TokenStatsTileArgs& a) { cpu::baseline::token_stats_tile_rows(a, 0, rows); },
           [&](const TokenStatsBackwardArgs& a) { cpu::baseline::token_stats_backward_rows(a, 0, rows); });
@@ -182,18 +201,16 @@ void pair_case(DType dtype, int64_t count) {
 // With the argument "barriers" only what crosses threads within a block, because ThreadSanitizer is slow.
 int main(int count, char** arguments) {
   const bool barriers = count > 1 && std::string(arguments[1]) == "barriers";
-  struct Shape {
-    int64_t rows, vocab, stride;
-  };
-  const std::vector<Shape> shapes =
-      barriers ? std::vector<Shape>{{5, 300, 300}} : std::vector<Shape>{{1, 1, 1}, {5, 7, 7}, {7, 255, 300}, {4, 1500, 1500}};
-  for (const Shape s : shapes) {
-    const std::string name = std::to_string(s.rows) + "x" + std::to_string(s.vocab);
-    token_stats_case<float, float>(name + " f32", DType::f32, s.rows, s.vocab, s.stride, 2e-6, 1);
+  // One entry, less than a vector, strided, odd and unaligned, vectors alone, rows cut into parts.
+  std::vector<Shape> shapes = {{1, 1, 1, 0},     {6, 5, 5, 0},       {6, 255, 300, 0},
+                               {6, 301, 301, 3}, {6, 1024, 1024, 0}, {6, 8501, 8501, 1}};
+  if (barriers) shapes = {{6, 300, 300, 0}, {2, 4500, 4500, 0}};
+  for (const Shape& shape : shapes) {
+    token_stats_case<float, float>(DType::f32, shape, 2e-6, 1);
     if (barriers) continue;
-    token_stats_case<double, double>(name + " f64", DType::f64, s.rows, s.vocab, s.stride, 1e-13, 0.7);
-    token_stats_case<__nv_bfloat16, float>(name + " bf16", DType::bf16, s.rows, s.vocab, s.stride, 2e-6, 1);
-    token_stats_case<__half, float>(name + " f16", DType::f16, s.rows, s.vocab, s.stride, 2e-6, 1.3);
+    token_stats_case<double, double>(DType::f64, shape, 1e-13, 0.7);
+    token_stats_case<__nv_bfloat16, float>(DType::bf16, shape, 2e-6, 1);
+    token_stats_case<__half, float>(DType::f16, shape, 2e-6, 1.3);
   }
   for (const int64_t pairs : barriers ? std::vector<int64_t>{} : std::vector<int64_t>{1, 500}) {
     pair_case<float>(DType::f32, pairs);
