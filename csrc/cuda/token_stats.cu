@@ -113,6 +113,7 @@ template <class A>
 struct RowGradient {
   int64_t label;  // in the row; outside of it where it belongs to another tile
   A inverse_temperature, m, log_s, entropy, g_logp, g_entropy;
+  bool numerators;  // the label's own entry is 0
 
   __device__ A operator()(A logit) const {
     const A log_p = shifted(product(logit, inverse_temperature), m) - log_s;
@@ -138,7 +139,8 @@ struct RowGradient {
         unpack<T>(units[u], x);
         for (A& each : x) each = (*this)(each);
         if (at + u * step == label_unit)
-          for (int i = 0; i < count; ++i) x[i] += i == label_place ? g_logp : A(0);
+          for (int i = 0; i < count; ++i)
+            if (i == label_place) x[i] = numerators ? A(0) : x[i] + g_logp;
         T narrowed[count];
         for (int i = 0; i < count; ++i) narrow(x[i], narrowed + i);
         memcpy(units + u, narrowed, sizeof(Unit));
@@ -147,6 +149,22 @@ struct RowGradient {
     }
   }
 };
+
+// This block's part of the row.
+template <class T>
+__device__ void write_row_of(const RowGradient<acc_t<T>>& gradient, const T* row, T* out, int64_t vocab) {
+  const RowPart<T> part(row, vocab);
+  int64_t at = part.loose, step = vocab;
+  if ((reinterpret_cast<uintptr_t>(row) - reinterpret_cast<uintptr_t>(out)) % 16 == 0) {
+    const uint4* vectors = reinterpret_cast<const uint4*>(row + part.head);
+    gradient.template write<T>(vectors, reinterpret_cast<uint4*>(out + part.head), part.head, part.begin + threadIdx.x,
+                               part.end, threads);
+  } else {  // no vector is aligned in both
+    at = blockIdx.y * threads + threadIdx.x;
+    step = gridDim.y * threads;
+  }
+  gradient.template write<T>(row, out, 0, at, vocab, step);
+}
 
 template <class T>
 __device__ void write_zeros(T* out, int64_t vocab) {
@@ -177,18 +195,26 @@ __global__ void __launch_bounds__(threads, resident<T>) backward(TokenStatsBackw
     if (args.grad_logps) gradient.g_logp = static_cast<const A*>(args.grad_logps)[r] * slope;
     if (args.grad_entropy) gradient.g_entropy = static_cast<const A*>(args.grad_entropy)[r] * slope;
 
-    const T* row = row_of<T>(f, r);
-    const RowPart<T> part(row, f.vocab);
-    int64_t at = part.loose, step = f.vocab;
-    if ((reinterpret_cast<uintptr_t>(row) - reinterpret_cast<uintptr_t>(out)) % 16 == 0) {
-      const uint4* vectors = reinterpret_cast<const uint4*>(row + part.head);
-      gradient.template write<T>(vectors, reinterpret_cast<uint4*>(out + part.head), part.head,
-                                 part.begin + threadIdx.x, part.end, threads);
-    } else {  // no vector is aligned in both
-      at = blockIdx.y * threads + threadIdx.x;
-      step = gridDim.y * threads;
+    write_row_of(gradient, row_of<T>(f, r), out, f.vocab);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(threads, resident<T>) numerators(TokenStatsTileArgs args) {
+  using A = acc_t<T>;
+  const TokenStatsArgs& t = args.tile;
+  for (int64_t r = blockIdx.x; r < t.rows; r += gridDim.x) {
+    T* row = const_cast<T*>(row_of<T>(t, r));
+    if (t.labels[r] == t.ignore_index) {
+      write_zeros(row, t.vocab);
+      continue;
     }
-    gradient.template write<T>(row, out, 0, at, f.vocab, step);
+    RowGradient<A> gradient{};  // of the log-probability alone, with log s = 0
+    gradient.label = t.labels[r] - t.first_entry;
+    gradient.m = static_cast<const A*>(args.row_max)[r];
+    gradient.g_logp = gradient.inverse_temperature = static_cast<A>(t.inverse_temperature);
+    gradient.numerators = true;
+    write_row_of(gradient, row, row, t.vocab);
   }
 }
 
@@ -231,7 +257,13 @@ int64_t token_stats_scratch(const TokenStatsArgs& args) {
 
 void token_stats(const TokenStatsArgs& args) { sum_up(args, args); }
 
-void token_stats_tile(const TokenStatsTileArgs& args) { sum_up(args, args.tile); }
+void token_stats_tile(const TokenStatsTileArgs& args) {
+  sum_up(args, args.tile);
+  if (args.numerators)
+    launch(of_dtype(args.tile.dtype, numerators<float>, numerators<double>, numerators<__nv_bfloat16>,
+                    numerators<__half>),
+           args.tile.rows, parts_of(args.tile), threads, args);
+}
 
 void token_stats_backward(const TokenStatsBackwardArgs& args) {
   launch(of_dtype(args.forward.dtype, backward<float>, backward<double>, backward<__nv_bfloat16>, backward<__half>),

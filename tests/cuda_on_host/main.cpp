@@ -131,26 +131,32 @@ void token_stats_case(DType dtype, Shape shape, double tolerance, double tempera
   std::vector<A> gpu_state(4 * rows), host_state(4 * rows);
   for (int64_t r = 0; r < rows; ++r) gpu_state[r] = host_state[r] = std::numeric_limits<A>::lowest();
   std::vector<T> gpu_grad = memory, host_grad = memory;
+  std::vector<T> gpu_numerators = memory, host_numerators = memory;
   for (int pass = 0; pass < 2; ++pass)  // all tiles forward, then all tiles backward in place
     for (int64_t first = 0, width = (vocab + 2) / 3; first < vocab; first += width) {
       TokenStatsArgs tile = base;
       tile.first_entry = first;
       tile.vocab = std::min(width, vocab - first);
-      const auto run = [&](std::vector<A>& state, std::vector<T>& grad, auto forward, auto backward) {
+      const auto run = [&](std::vector<A>& state, std::vector<T>& grad, std::vector<T>& numerators, auto forward,
+                           auto backward) {
         T* here = grad.data() + start + first;
-        tile.logits = here;
         A* s = state.data();
-        if (pass == 0) return forward(TokenStatsTileArgs{tile, s, s + rows, s + 2 * rows, s + 3 * rows});
+        if (pass == 0) {
+          tile.logits = numerators.data() + start + first;
+          return forward(TokenStatsTileArgs{tile, true, s, s + rows, s + 2 * rows, s + 3 * rows});
+        }
+        tile.logits = here;
         tile.row_max = s, tile.log_sum = s + rows, tile.entropy = s + 2 * rows;
         backward(TokenStatsBackwardArgs{tile, grad_logps.data(), grad_entropy.data(), here, base.layout});
       };
-      run(gpu_state, gpu_grad, [](TokenStatsTileArgs a) { run_forward<A>(cuda::token_stats_tile, a, a.tile); },
+      run(gpu_state, gpu_grad, gpu_numerators, [](TokenStatsTileArgs a) { run_forward<A>(cuda::token_stats_tile, a, a.tile); },
           cuda::token_stats_backward);
-      run(host_state, host_grad,
+      run(host_state, host_grad, host_numerators,
           [&](const TokenStatsTileArgs& a) { cpu::baseline::token_stats_tile_rows(a, 0, rows); },
           [&](const TokenStatsBackwardArgs& a) { cpu::baseline::token_stats_backward_rows(a, 0, rows); });
     }
   compare(name + " tiles", gpu_state, host_state, tolerance);
+  compare(name + " tiles numerators", gpu_numerators, host_numerators, std::max(tolerance, sizeof(T) == 2 ? 0.01 : 0.0));
   compare(name + " tiles grad", gpu_grad, host_grad, std::max(tolerance, sizeof(T) == 2 ? 0.01 : 0.0));
   const std::vector<A> whole_logps(host_state.begin() + 3 * rows, host_state.end());
   compare(name + " tiles against whole", whole_logps, host.logps, tolerance);
