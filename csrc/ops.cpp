@@ -256,11 +256,10 @@ std::tuple<Tensor, Tensor, Tensor> preference_loss(const Tensor& chosen, const T
   return {losses, chosen_rewards, rejected_rewards};
 }
 
-std::tuple<Tensor, Tensor> preference_loss_backward(const Tensor& grad_losses, const Tensor& chosen,
-                                                    const Tensor& rejected, const OptionalTensor& ref_chosen,
-                                                    const OptionalTensor& ref_rejected,
-                                                    const OptionalTensor& neg_log_dispersion, int64_t link, double beta,
-                                                    double gamma, double label_smoothing, bool robust, double smoothing) {
+std::tuple<Tensor, Tensor, Tensor> preference_loss_backward(
+    const Tensor& grad_losses, const Tensor& chosen, const Tensor& rejected, const OptionalTensor& ref_chosen,
+    const OptionalTensor& ref_rejected, const OptionalTensor& neg_log_dispersion, int64_t link, double beta,
+    double gamma, double label_smoothing, bool robust, double smoothing) {
   Inputs inputs{chosen, {}}, grads{grad_losses, {}};
   PairArgs args = pair_args(inputs, chosen, rejected, ref_chosen, ref_rejected, neg_log_dispersion, link, beta, gamma,
                             label_smoothing, robust, smoothing);
@@ -269,11 +268,12 @@ std::tuple<Tensor, Tensor> preference_loss_backward(const Tensor& grad_losses, c
                   "grad_losses must be like the losses");
   args.grad_losses = grads(grad_losses, "grad_losses");
   const auto output = [&] { return torch::stable::new_empty(chosen, chosen.sizes(), accumulator_of(chosen)); };
-  const Tensor grad_margin = output(), grad_dispersion = output();
-  args.grad_margin = grad_margin.mutable_data_ptr();
+  const Tensor grad_chosen = output(), grad_rejected = output(), grad_dispersion = output();
+  args.grad_chosen = grad_chosen.mutable_data_ptr();
+  args.grad_rejected = grad_rejected.mutable_data_ptr();
   args.grad_dispersion = grad_dispersion.mutable_data_ptr();
   if (args.pairs > 0) MALLOWSPO_RUN(chosen, preference_loss_backward, args);
-  return {grad_margin, grad_dispersion};
+  return {grad_chosen, grad_rejected, grad_dispersion};
 }
 
 // ---- mallows_log_prob -----------------------------------------------------------------------------------------------
@@ -355,7 +355,8 @@ STABLE_TORCH_LIBRARY(mallowspo, m) {
   m.def(
       "preference_loss_backward(Tensor grad_losses, Tensor chosen_logps, Tensor rejected_logps, Tensor? ref_chosen_logps,"
       " Tensor? ref_rejected_logps, Tensor? neg_log_dispersion, int link, float beta, float gamma,"
-      " float label_smoothing, bool robust, float smoothing) -> (Tensor grad_margin, Tensor grad_dispersion)");
+      " float label_smoothing, bool robust, float smoothing)"
+      " -> (Tensor grad_chosen, Tensor grad_rejected, Tensor grad_dispersion)");
   // margin and neg_log_dispersion of one shape
   m.def("mallows_log_prob(Tensor margin, Tensor neg_log_dispersion, float smoothing) -> Tensor log_probs");
   m.def(

@@ -26,7 +26,8 @@ MALLOWSPO_FN void preference_loss_at(const PairArgs& args, int64_t i) {
   const PairLoss pair = pair_loss(won - lost, checked_dispersion(element<T>(args.dispersion, i)), args.objective);
   if (args.grad_losses) {
     const double g = element<T>(args.grad_losses, i);
-    set_element<T>(args.grad_margin, i, g * pair.d_margin);
+    set_element<T>(args.grad_chosen, i, g * pair.d_margin);
+    set_element<T>(args.grad_rejected, i, -g * pair.d_margin);
     set_element<T>(args.grad_dispersion, i, g * pair.d_dispersion);
   } else {
     set_element<T>(args.losses, i, pair.loss);

@@ -74,7 +74,7 @@ struct PairArgs {
   const void *chosen, *rejected, *ref_chosen, *ref_rejected, *dispersion;  // [pairs]; the last three may be null
   void *losses, *chosen_rewards, *rejected_rewards;                       // forward
   const void* grad_losses;                                                // backward
-  void *grad_margin, *grad_dispersion;
+  void *grad_chosen, *grad_rejected, *grad_dispersion;
 };
 
 struct MallowsArgs {

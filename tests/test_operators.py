@@ -16,7 +16,7 @@ SCHEMAS = {
     "token_stats_tile": 0,
     "token_stats_backward_tile": 0,
     "preference_loss": 3,
-    "preference_loss_backward": 2,
+    "preference_loss_backward": 3,
     "mallows_log_prob": 1,
     "mallows_log_prob_backward": 2,
 }

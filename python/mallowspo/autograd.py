@@ -76,9 +76,8 @@ class PreferenceLossFunction(torch.autograd.Function):
     @first_order
     def backward(ctx, grad_losses, _chosen_rewards, _rejected_rewards):
         tensors = ctx.saved_tensors
-        grad_margin, grad_dispersion = ops.preference_loss_backward(grad_losses, *tensors, *ctx.settings)
-        # d margin / d (chosen, rejected, ref_chosen, ref_rejected) = +1, -1, -1, +1
-        grads = [sign * grad_margin for sign in (1, -1, -1, 1)] + [grad_dispersion]
+        chosen, rejected, dispersion = ops.preference_loss_backward(grad_losses, *tensors, *ctx.settings)
+        grads = chosen, rejected, rejected, chosen, dispersion  # a reference's has the other sign
         needed = zip(grads, tensors, ctx.needs_input_grad, strict=False)
         grads = [grad.to(tensor.dtype) if wanted else None for grad, tensor, wanted in needed]
         return *grads, *(None for _ in ctx.settings)
@@ -137,7 +136,7 @@ def _(chosen, *rest):
 
 @torch.library.register_fake("mallowspo::preference_loss_backward")
 def _(grad_losses, chosen, *rest):
-    return _outputs_like(chosen, 2)
+    return _outputs_like(chosen, 3)
 
 
 @torch.library.register_fake("mallowspo::mallows_log_prob")

@@ -182,7 +182,9 @@ void pair_case(DType dtype, int64_t count) {
           args.dispersion = inputs[4].data();
           T* o = out.data();
           args.losses = o, args.chosen_rewards = o + count, args.rejected_rewards = o + 2 * count;
-          if (backward) args.grad_losses = inputs[5].data(), args.grad_margin = o, args.grad_dispersion = o + count;
+          if (backward)
+            args.grad_losses = inputs[5].data(), args.grad_chosen = o, args.grad_rejected = o + count,
+            args.grad_dispersion = o + 2 * count;
           operation(args);
           return out;
         };
