@@ -132,3 +132,18 @@ def test_cuda_kernels_compile_link_and_register(tmp_path):
     result = run([sys.executable, "-c", code], PYTHONPATH=str(tmp_path / "mallowspo"))
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["80-real", "90"]
+
+
+ARM_COMPILER = shutil.which("aarch64-linux-gnu-g++")
+
+
+@pytest.mark.skipif(ARM_COMPILER is None, reason="no compiler for ARM: apt-get install g++-aarch64-linux-gnu")
+def test_row_kernels_compile_to_neon(tmp_path):
+    """Compiled, not run. The flags are those of the build, less the instruction sets of x86."""
+    listed = next(line for line in (ROOT / "CMakeLists.txt").read_text().splitlines() if "set(kernel_flags" in line)
+    flags = listed.removeprefix("set(kernel_flags ").removesuffix(")").split()
+    source, assembly = ROOT / "csrc" / "cpu" / "row_kernels.cpp", tmp_path / "row_kernels.s"
+    command = [ARM_COMPILER, "-std=c++17", "-O3", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *flags]
+    result = run([*command, "-DMALLOWSPO_ISA=baseline", "-S", source, "-o", assembly])
+    assert result.returncode == 0, result.stderr
+    assert "fmla\tv" in assembly.read_text()
