@@ -19,6 +19,13 @@ MALLOWSPO_FN void set_element(void* tensor, int64_t i, double value) {
   static_cast<T*>(tensor)[i] = static_cast<T>(value);
 }
 
+// What T can hold of it: a |z| and its derivatives may exceed the finite numbers of float.
+template <class T>
+MALLOWSPO_FN double saturated(double x) {
+  constexpr double largest = sizeof(T) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308;
+  return x < -largest ? -largest : x > largest ? largest : x;
+}
+
 template <class T>
 MALLOWSPO_FN void preference_loss_at(const PairArgs& args, int64_t i) {
   const double won = element<T>(args.chosen, i) - element<T>(args.ref_chosen, i);
@@ -42,11 +49,10 @@ MALLOWSPO_FN void mallows_log_prob_at(const MallowsArgs& args, int64_t i) {
   const LinkValue v = mallows_link(element<T>(args.margin, i), a, args.smoothing);
   if (args.grad_log_probs) {
     const double g = element<T>(args.grad_log_probs, i);
-    set_element<T>(args.grad_margin, i, g * v.d_margin);
-    set_element<T>(args.grad_dispersion, i, g * v.d_dispersion);
+    set_element<T>(args.grad_margin, i, g * saturated<T>(v.d_margin));
+    set_element<T>(args.grad_dispersion, i, g * saturated<T>(v.d_dispersion));
   } else {
-    constexpr double lowest = sizeof(T) == 4 ? -3.4028234663852886e38 : -1.7976931348623157e308;  // a |z| may be larger
-    set_element<T>(args.log_probs, i, v.log_prob < lowest ? lowest : v.log_prob);
+    set_element<T>(args.log_probs, i, saturated<T>(v.log_prob));
   }
 }
 

@@ -30,3 +30,14 @@ def exact_log_losing(r, a):
         return u / mp.expm1(u)
 
     return mp.log((c(a * r) - c(a * (r + 1))) / a)
+
+
+def exact_link(z, a, smoothing):
+    """log g and its derivatives in z and in a, for z != 0 unless smoothed."""
+
+    def log_g(z_, a_):
+        if abs(z) < smoothing:
+            return mp.log(exact_smoothed_g(z_, a_, smoothing))
+        return exact_log_losing(-z_, a_) if z < 0 else mp.log1p(-mp.exp(exact_log_losing(z_, a_)))
+
+    return log_g(z, a), mp.diff(lambda x: log_g(x, a), z), mp.diff(lambda x: log_g(z, x), a)

@@ -8,6 +8,8 @@ import strategies
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mallows_truth import exact_link
+from mpmath import mp
 
 from mallowspo import functional as F
 from mallowspo import reference
@@ -46,6 +48,21 @@ def with_gradients(tensors, link, **options):
     return result, gradients
 
 
+def exact_likelihood(link, z, a):
+    """Log-likelihood, and its derivatives in z and in a, at the set precision."""
+    if link == "mallows-phi":
+        return exact_link(z, a, 1.0)
+    factor = 2 * a if link in reference.DISPERSION_LINKS else mp.mpf(1)
+    x, in_a = factor * z, (2 * z if link in reference.DISPERSION_LINKS else 0)
+    if link in ("bradley-terry", "mallows-theta"):
+        value, slope = -mp.log1p(mp.exp(-x)), 1 / (1 + mp.exp(x))
+    elif link in ("ipo", "mallows-ipo"):
+        value, slope = -((x - 0.5) ** 2), 1 - 2 * x
+    else:
+        value, slope = min(x - 1, mp.mpf(0)), mp.mpf(x < 1)
+    return value, factor * slope, in_a * slope
+
+
 @settings(max_examples=400)
 @given(
     pair=strategies.pairs(strategies.dispersions(1e-6, 100.0)),
@@ -64,19 +81,23 @@ def test_losses_rewards_and_gradients_against_the_oracle(pair, link, options, dt
 
     *logps, a = (0.0 if x is None else x.item() for x in tensors)
     exact = reference.preference_loss(*logps, neg_log_dispersion=a, link=link, **options)
-    # Both compute in float64. Robust smoothing subtracts two likelihoods, each as large as this:
+    # Both compute in float64, but the oracle rounds its margin, which e^-margin turns into units in the last place.
+    # Robust smoothing subtracts two likelihoods, each as large as this:
     eps, z = options["label_smoothing"], options["beta"] * ((logps[0] - logps[2]) - (logps[1] - logps[3]))
     sizes = [
         [abs(x) for x in reference.log_likelihood(link, sign * (z - options["gamma"]), a, options["smoothing"])]
         for sign in (1, -1)
     ]
     value, slope, slope_a = ((win + (lose if eps else 0)) / (1 - 2 * eps) for win, lose in zip(*sizes, strict=True))
+    z_rounded = (
+        2 * abs(z - options["gamma"]) * {"bradley-terry": 1, "mallows-theta": 2 * a, "mallows-phi": a}.get(link, 1)
+    )
     double, results, storage = (torch.finfo(x) for x in (torch.float64, result_dtype(dtype), dtype))
 
     def assert_close(actual, right, size, finfo):
         if abs(right) <= finfo.max:  # float16 cannot hold every gradient
             rounding = (finfo.eps / 2 + double.eps) * abs(right) + finfo.tiny * finfo.eps
-            assert abs(actual.item() - right) <= 20 * double.eps * size + rounding + 1e-300
+            assert abs(actual.item() - right) <= (20 + z_rounded) * double.eps * size + rounding + 1e-300
 
     assert_close(result.losses, exact.loss, value, results)
     assert_close(result.chosen_rewards, exact.chosen_reward, 0, results)
@@ -120,6 +141,25 @@ def test_a_batch_is_its_pairs(dtype, link):
 def test_no_pairs(dtype, link):
     result, gradients = with_gradients([x[:0] for x in random_pairs(3, dtype=dtype)], link)
     assert all(x.shape == (0,) for x in (*result, *gradients))
+
+
+@all_links
+def test_fifty_digits_given_the_log_ratio(link):
+    """Loss and derivatives in float64 to 4 units in the last place, the rounding of beta h - gamma among them."""
+    generator = torch.Generator().manual_seed(0)
+    unit = torch.rand(4, 200, generator=generator, dtype=torch.float64)
+    h, a = (unit[0] * 1600 - 800) * 10 ** -(3 * unit[1]), (-3 + 4 * unit[2]).exp()
+    beta, gamma = 0.37, 0.3
+    h[::4] = (gamma + {"ipo": 0.5, "hinge": 1}.get(link, 0) + 1e-6 * unit[3, ::4]) / beta  # about the place of no loss
+    tensors = [h, *torch.zeros(3, 200, dtype=torch.float64), a]
+    result, (d_margin, *_, d_dispersion) = with_gradients(tensors, link, beta=beta, gamma=gamma)
+    results = torch.stack([result.losses.detach(), d_margin, d_dispersion], dim=-1).tolist()
+    for h_i, a_i, actuals in zip(h.tolist(), a.tolist(), results, strict=True):
+        with mp.workdps(100):
+            value, slope, slope_a = exact_likelihood(link, mp.mpf(beta) * mp.mpf(h_i) - mp.mpf(gamma), mp.mpf(a_i))
+            for actual, right in zip(actuals, (-value, -mp.mpf(beta) * slope, -slope_a), strict=True):
+                ulp = mp.ldexp(1, mp.frexp(abs(right))[1] - 53)
+                assert abs(mp.mpf(actual) - right) <= 4 * ulp + 1e-300, (h_i, a_i, actual, right)
 
 
 # --- closed forms ----------------------------------------------------------------------------------------------------

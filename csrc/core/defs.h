@@ -1,4 +1,4 @@
-// What every core header needs: the function qualifier shared by host and device.
+// What every core header needs: the function qualifiers shared by host and device.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,8 @@
 // Internal linkage on purpose: the CPU kernels compile these headers once per instruction set, and the linker must
 // never merge an AVX-512 copy into the baseline one.
 #if defined(__CUDACC__)
-#define MALLOWSPO_FN __host__ __device__ static inline
+#define MALLOWSPO_HOST_DEVICE __host__ __device__
 #else
-#define MALLOWSPO_FN [[maybe_unused]] static inline
+#define MALLOWSPO_HOST_DEVICE
 #endif
+#define MALLOWSPO_FN [[maybe_unused]] MALLOWSPO_HOST_DEVICE static inline

@@ -1,16 +1,20 @@
-// The Mallows link with Kendall's distance: log g(z; a), a = -log phi, and its derivatives, in double.
+// The Mallows link with Kendall's distance: log g(z; a), a = -log phi, and its derivatives.
 //
-// With C(t) = t / (e^t - 1), K(t) = -C'(t) in (0, 1/2] and r = |z|, the probability of the losing side is the mean of K
-// over one rank:
+// With C(t) = t / (e^t - 1), K(t) = -C'(t) in (0, 1/2] and r = |z|, the probability of the losing side is the mean of
+// K over one rank:
 //   q(r, a) = 1 - g(r) = (C(ar) - C(ar + a)) / a = int_0^1 K(a (r + s)) ds.
-// The integral has no cancellation for small a, the difference none for large a; both carry the factor e^-(ar) apart, so
-// that log q stays finite where q underflows. Derivatives:
-//   dq/dr = a Q1,   dq/da = r Q1 + Q2,   Q1 = int K'(a (r + s)) ds,   Q2 = int s K'(a (r + s)) ds.
-// Inside |z| < smoothing the link is the odd cubic about 1/2 that meets g in value and slope at the ends, because g jumps
-// at 0 and the Mallows model defines it at whole rank differences only.
+// Derivatives:
+//   dq/dr = a Q1,   dq/da = r Q1 + Q2,   d2q/drda = (r + 1) K'(ar + a) - r K'(ar),
+//   Q1 = int K'(a (r + s)) ds = (K(ar + a) - K(ar)) / a,   Q2 = int s K'(a (r + s)) ds = (K(ar + a) - q) / a.
+// Inside |z| < smoothing the link is the odd cubic about 1/2 that meets g in value and slope at the ends: g jumps at
+// 0, and the Mallows model defines it at whole rank differences only.
+//
+// All in double-double, for results good to a few units in the last place of a double: C and K lose digits as t -> 0,
+// the differences as a -> 0 (there the integrals take over), and e^-(ar) needs every digit of ar. That factor is
+// carried apart, so that log q and its derivatives stay finite where q underflows.
 #pragma once
 
-#include "defs.h"
+#include "double_double.h"
 
 namespace mallowspo {
 
@@ -20,122 +24,115 @@ struct LinkValue {
 
 namespace detail {
 
-// K and its first two derivatives, each times e^t, and 1/2 - K, which the smoothed part needs as t -> 0.
+// C, K and K', each times e^t, and 1/2 - K, which vanishes as t -> 0.
 struct RankCurve {
-  double k, k1, k2, half_minus_k;
+  Wide c, k, k1, half_minus_k;
 };
 
-MALLOWSPO_FN RankCurve rank_curve(double t) {
-  if (t < 2.0) {
-    // B_2j / (2j)!, the Taylor coefficients of C; radius 2 pi, so at t = 2 each term is a tenth of the one before.
-    constexpr double c[] = {8.3333333333333333333e-2,  -1.3888888888888888889e-3, 3.3068783068783068783e-5,
-                            -8.2671957671957671958e-7, 2.0876756987868098979e-8,  -5.2841901386874931848e-10,
-                            1.3382536530684678833e-11, -3.3896802963225828668e-13, 8.5860620562778445641e-15,
-                            -2.174868698558061873e-16, 5.5090028283602295152e-18, -1.3954464685812523341e-19,
-                            3.5347070396294674717e-21, -8.9535174270375468504e-23, 2.2679524523376830603e-24,
-                            -5.7447906688722024453e-26, 1.4551724756148649019e-27, -3.6859949406653101782e-29,
-                            9.336734257095044672e-31,  -2.3650224157006299346e-32, 5.9906717624821343047e-34,
-                            -1.5174548844682902617e-35};
-    constexpr int terms = static_cast<int>(sizeof(c) / sizeof(c[0]));
-    const double x = t * t;
-    double m = 0, k1 = 0, k2 = 0;
-    for (int j = terms; j >= 1; --j) {
-      const double n = 2.0 * j;
-      m = m * x + n * c[j - 1];
-      k1 = k1 * x + n * (n - 1) * c[j - 1];
-      if (j > 1) k2 = k2 * x + n * (n - 1) * (n - 2) * c[j - 1];
-    }
-    const double up = ::exp(t);
-    return {up * (0.5 - t * m), -up * k1, -up * t * k2, t * m};
+// w = 1 - e^-t, which has digits of its own as t -> 0.
+MALLOWSPO_FN RankCurve rank_curve(Wide t, Wide w) {
+  const Wide down = Wide(1) - w;
+  if (t.hi < 0x1p-12) {  // the Taylor series of C and its derivatives: Bernoulli numbers over factorials
+    const Wide x = t * t, one = 1, up = one / down;
+    const Wide c = one - t / 2 + x * (one / 12 - x * (one / 720 - x / 30240));
+    const Wide half_minus_k = t * (one / 6 - x * (one / 180 - x / 5040));
+    return {up * c, up * (Wide(0.5) - half_minus_k), -(up * (one / 6 - x * (one / 60 - x / 1008))), half_minus_k};
   }
-  const double down = ::exp(-t), w = -::expm1(-t), n = t * (1 + down) - 2 * w;
-  const double k = (t - w) / (w * w);
-  return {k, -n / (w * w * w), (n * (1 + 2 * down) - w * (w - t * down)) / (w * w * w * w), 0.5 - down * k};
+  const Wide c = t / w, k = (c - 1) / w;
+  return {c, k, (Wide(2) - c * (down + 1)) / (w * w), Wide(0.5) - down * k};
 }
 
-// The integrals over one rank: q, Q1, Q2 and dQ1/da, each times e^(ar), and 1/2 - q.
+// q, Q1, Q2 and d2q/drda, each over the decay e^-(ar), and 1/2 - q.
 struct RankMeans {
-  double q, q1, q2, q1_da, half_minus_q;
+  Decay decay;
+  Wide q, q1, q2, q_ra, half_minus_q;
 };
 
-MALLOWSPO_FN RankMeans rank_means(double r, double a) {
-  const double u = a * r;
-  if (a < 2.0) {
-    // Ten-point Gauss-Legendre on [0, 1]: the nearest pole, 2 pi i, leaves an error below 1e-20.
-    constexpr double half_node[] = {0.074437169490815605442, 0.2166976970646235954, 0.33970478414951220312,
-                                    0.43253168334449225537, 0.48695326425858586004};
-    constexpr double weight[] = {0.14776211235737643509, 0.13463335965499817755, 0.109543181257991022,
-                                 0.074725674575290296573, 0.033335672154344068797};
-    RankMeans sum{0, 0, 0, 0, 0};
-    for (int i = 0; i < 10; ++i) {
-      const double s = i % 2 ? 0.5 + half_node[i / 2] : 0.5 - half_node[i / 2];
-      const RankCurve c = rank_curve(u + a * s);
-      const double w = weight[i / 2] * ::exp(-a * s);
-      sum.q += w * c.k;
-      sum.q1 += w * c.k1;
-      sum.q2 += w * s * c.k1;
-      sum.q1_da += w * (r + s) * c.k2;
-      sum.half_minus_q += weight[i / 2] * c.half_minus_k;
-    }
-    return sum;
-  }
-  const RankCurve near = rank_curve(u), far = rank_curve(u + a);
-  const double decay = ::exp(-a);
-  const double d_near = u > 0 ? -u / ::expm1(-u) : 1.0, d_far = -(u + a) / ::expm1(-(u + a));
+MALLOWSPO_FN RankMeans rank_means(Wide r, double a) {
+  const Wide u = r * a;
   RankMeans out;
-  out.q = (d_near - decay * d_far) / a;
-  out.q1 = (decay * far.k - near.k) / a;
-  out.q2 = (decay * far.k - out.q) / a;
-  out.q1_da = ((r + 1) * decay * far.k1 - r * near.k1 - out.q1) / a;
-  out.half_minus_q = 0.5 - ::exp(-u) * out.q;
+  out.decay = decay_of(u);
+  const Wide w = complement_of(out.decay), down = Wide(1) - w, v = complement_of(decay_of(a)), step = Wide(1) - v;
+  const RankCurve near = rank_curve(u, w), far = rank_curve(u + a, w + down * v);
+  const Wide far_k = step * far.k, far_k1 = step * far.k1;
+  out.q_ra = far_k1 + r * (far_k1 - near.k1);
+  if (a < 0x1p-10) {  // three-point Gauss-Legendre: its error is below a^5 / 2e6
+    for (int i = -1; i <= 1; ++i) {
+      const Wide s = sum(0.5, i * 0.38729833462074168852), weight = i == 0 ? Wide(4) / 9 : Wide(5) / 18, t = s * a;
+      const Wide v_s = complement_of(decay_of(t)), scale = weight * (Wide(1) - v_s);
+      const RankCurve c = rank_curve(u + t, w + down * v_s);
+      out.q = out.q + scale * c.k;
+      out.q1 = out.q1 + scale * c.k1;
+      out.q2 = out.q2 + scale * s * c.k1;
+      out.half_minus_q = out.half_minus_q + weight * c.half_minus_k;
+    }
+    return out;
+  }
+  out.q = (near.c - step * far.c) / a;
+  out.q1 = (far_k - near.k) / a;
+  out.q2 = (far_k - out.q) / a;
+  out.half_minus_q = Wide(0.5) - down * out.q;
   return out;
 }
 
-// q, log q, and the derivatives of log q in r = |z| and in a.
+// The probability q 2^exponent of the losing side, its logarithm, and the derivatives of that in r and, times
+// 2^-exponent_a, in a. The exponents come last: a product of which one factor is subnormal would have lost its digits.
 struct Losing {
-  double q, log_q, d_r, d_a;
+  Wide q;
+  int exponent;
+  double log_q;
+  Wide d_r, d_a;
+  int exponent_a;
 };
 
-// e^-(ar) with the rounding error of the product ar put back: it would cost ar ulp.
-MALLOWSPO_FN double decay_of(double r, double a) {
-  const double u = a * r;
-  if (u > 1e3) return 0;
-  return ::exp(-u) * (1 - ::fma(a, r, -u));
-}
-
-MALLOWSPO_FN Losing losing_side(double r, double a) {
-  const double u = a * r;
-  // Past this u the asymptote log q = -u is exact to rounding, and u itself must not overflow.
-  if (u > 1e18) return {0, -::fmin(u, 1.7e308), -a, -r};
+MALLOWSPO_FN Losing losing_side(Wide r, double a) {
   const RankMeans m = rank_means(r, a);
-  return {decay_of(r, a) * m.q, -u + ::log(m.q), a * m.q1 / m.q, r * (m.q1 / m.q) + m.q2 / m.q};
+  const Wide q = (m.decay.excess + 1) * 0x1p-12 * m.q;  // q over the decay may be 2000, d_a near the largest double
+  const Wide slope = m.q1 / m.q, d_a = r * slope + m.q2 / m.q;
+  return {q, m.decay.exponent + 12, (Wide(log_of(m.q)) - r * a).hi, slope * a, d_a, 0};
 }
 
-MALLOWSPO_FN Losing smoothed_losing_side(double r, double a, double smoothing) {
-  // Past the same bound as above q and its derivatives are 0, and their factors must not overflow.
-  const RankMeans m = a * smoothing > 1e18 ? RankMeans{0, 0, 0, 0, 0.5} : rank_means(smoothing, a);
-  const double scale = decay_of(smoothing, a), x = r / smoothing;
-  const double q = scale * m.q, slope = -scale * a * m.q1;
-  const double q_da = scale * (smoothing * m.q1 + m.q2), slope_da = -scale * (m.q1 + a * m.q1_da);
-  // The cubic in a form whose terms are all positive: no cancellation where the losing probability is small.
-  const double end = x * (3 - x * x) / 2, tangent = smoothing * x * (1 - x) * (1 + x) / 2;
-  const double prob = (1 - x) * (1 - x) * (2 + x) / 4 + q * end + slope * tangent;
-  const double d_r = -(1.5 * m.half_minus_q / smoothing * (1 - x) * (1 + x) + slope * (3 * x * x - 1) / 2);
-  return {prob, ::log(prob), d_r / prob, (q_da * end + slope_da * tangent) / prob};
+// gap = smoothing - r > 0, with all its digits.
+MALLOWSPO_FN Losing smoothed_losing_side(Wide r, Wide gap, double a, double smoothing) {
+  RankMeans m{{0, 0}, 0, 0, 0, 0, 0.5};  // q and its derivatives are 0 at the far end
+  if (a * smoothing < far_decay) m = rank_means(smoothing, a);
+  const Wide decay = value_of(m.decay);  // where it underflows, the other terms make up the sums
+  const Wide x = r / smoothing, y = gap / smoothing, x_plus_1 = x + 1, slope = m.q1 * a;
+  // 1/2 - the cubic, in a form whose terms are all positive: no cancellation where the losing probability is small.
+  const Wide end = x * (Wide(3) - x * x) / 2, tangent = x * y * x_plus_1 / 2;
+  const Wide q = y * y * (x + 2) / 4 + decay * (m.q * end - slope * smoothing * tangent);
+  const Wide q_r = decay * slope * (x * x * 3 - 1) / 2 - m.half_minus_q * 1.5 / smoothing * y * x_plus_1;
+  const Wide q_a = (m.decay.excess + 1) * ((m.q1 + m.q2 / smoothing) * end - m.q_ra * tangent);  // over smoothing
+  int exponent;
+  const double fraction = ::frexp(smoothing, &exponent);
+  return {q, 0, log_of(q), q_r / q, q_a / q * fraction, m.decay.exponent + exponent};
 }
 
 }  // namespace detail
 
-// log g(z; a) with d/dz and d/da, for a >= 0 and smoothing >= 0. A NaN in z or a gives NaN.
-MALLOWSPO_FN LinkValue mallows_link(double z, double a, double smoothing) {
-  const double r = ::fabs(z);
-  if (r == 0 && smoothing == 0) {  // g(0) = 1/2 by definition; the slope is that of both one-sided limits
-    return {-0.69314718055994530942, -2 * (a * detail::rank_means(0, a).q1), 0};
+// log g(z; a) with d/dz and d/da, for finite a >= 0 and smoothing >= 0. What exceeds the largest finite number, z too,
+// counts as that number. A NaN in z or a gives NaN.
+MALLOWSPO_FN LinkValue mallows_link(detail::Wide z, double a, double smoothing) {
+  using namespace detail;
+  constexpr double largest = 1.7976931348623157e308;
+  if (z.hi != z.hi || a != a) return {z.hi + a, z.hi + a, z.hi + a};
+  if (z.hi == 0 && smoothing == 0) {  // g(0) = 1/2 by definition; the slope is that of both one-sided limits
+    return {-0.69314718055994530942, -2 * (rank_means(0, a).q1 * a).hi, 0};
   }
-  const detail::Losing lose = r >= smoothing ? detail::losing_side(r, a) : detail::smoothed_losing_side(r, a, smoothing);
-  if (z < 0) return {lose.log_q, -lose.d_r, lose.d_a};
-  const double odds = lose.q / (1 - lose.q);
-  return {::log1p(-lose.q), -odds * lose.d_r, -odds * lose.d_a};
+  const bool ahead = z.hi > 0;
+  Wide r = z.hi < 0 ? -z : z;
+  if (r.hi > largest) r = largest;
+  const Wide gap = Wide(smoothing) - r;
+  if (gap.hi <= 0) {  // far out the asymptotes are exact to rounding
+    const double u = r.hi * a;
+    if (ahead && u > far_decay) return {0, 0, 0};
+    if (u > 1e20) return {-::fmin(u, largest), a, -r.hi};
+  }
+  const Losing lose = gap.hi > 0 ? smoothed_losing_side(r, gap, a, smoothing) : losing_side(r, a);
+  if (!ahead) return {lose.log_q, -lose.d_r.hi, scaled(lose.d_a, lose.exponent_a)};
+  const Wide q{::ldexp(lose.q.hi, lose.exponent), ::ldexp(lose.q.lo, lose.exponent)}, odds = lose.q / (Wide(1) - q);
+  return {log_of_one_minus(q), -scaled(odds * lose.d_r, lose.exponent),
+          -scaled(odds * lose.d_a, lose.exponent + lose.exponent_a)};
 }
 
 }  // namespace mallowspo

@@ -33,30 +33,40 @@ struct PairLoss {
   double loss, d_margin, d_dispersion;  // d_margin is the derivative in h
 };
 
+// Margins are double-double: e^-x would turn the rounding of x into x units in the last place. `exact` has no meaning
+// where it overflows; there the double does.
+MALLOWSPO_FN detail::Wide margin_or(double plain, detail::Wide exact) { return ::fabs(plain) < 1e300 ? exact : plain; }
+
 // Log-likelihood that the first response wins, as a function of z; theta, mallows-ipo and mallows-hinge are their host
 // at the margin 2 a z (design: the dispersion is a plug-in).
-MALLOWSPO_FN LinkValue log_likelihood(Link link, double z, double a, double smoothing) {
+MALLOWSPO_FN LinkValue log_likelihood(Link link, detail::Wide z, double a, double smoothing) {
   if (link == Link::mallows_phi) return mallows_link(z, a, smoothing);
   const bool plug_in = uses_dispersion(link);
-  const double factor = plug_in ? 2 * a : 1, x = factor * z;
+  const double factor = plug_in ? 2 * a : 1;
+  const detail::Wide x = margin_or(factor * z.hi, z * factor);
   double value, slope;
   if (link == Link::bradley_terry || link == Link::mallows_theta) {
-    const double e = ::exp(-::fabs(x));
-    value = ::fmin(x, 0.0) - ::log1p(e);
-    slope = (x >= 0 ? e : 1) / (1 + e);
+    const bool ahead = x.hi >= 0;
+    const double e_hi = ::exp(-::fabs(x.hi)), e = ::fma(e_hi, ahead ? -x.lo : x.lo, e_hi);
+    value = ahead ? -::log1p(e) : x.hi - (::log1p(e) - x.lo);
+    slope = (ahead ? e : 1) / (1 + e);
   } else if (link == Link::ipo || link == Link::mallows_ipo) {
-    value = -(x - 0.5) * (x - 0.5);
-    slope = -2 * (x - 0.5);
+    const double off = (x.hi - 0.5) + x.lo;
+    value = -off * off;
+    slope = -2 * off;
   } else {
-    value = x < 1 ? x - 1 : x >= 1 ? 0 : x;  // NaN stays NaN, infinity does not become it
-    slope = x < 1 ? 1 : 0;
+    const double off = (x.hi - 1) + x.lo;
+    value = off >= 0 ? 0 : off;  // NaN stays NaN, infinity does not become it
+    slope = off < 0 ? 1 : 0;
   }
-  return {value, factor * slope, plug_in ? 2 * z * slope : 0};
+  return {value, factor * slope, plug_in && slope != 0 ? 2 * z.hi * slope : 0};
 }
 
 // Conservative smoothing mixes the loss with that of the flipped pair; robust smoothing is its unbiased correction.
+// The mixed derivatives, and the robust loss, are differences: they are as accurate as their larger part.
 MALLOWSPO_FN PairLoss pair_loss(double h, double a, const Objective& o) {
-  const double z = o.beta * h - o.gamma, eps = o.label_smoothing;
+  const detail::Wide z = margin_or(o.beta * h - o.gamma, detail::Wide(o.beta) * h - o.gamma);
+  const double eps = o.label_smoothing;
   const LinkValue win = log_likelihood(o.link, z, a, o.smoothing);
   if (eps == 0) return {-win.log_prob, -o.beta * win.d_margin, -win.d_dispersion};
   const LinkValue flip = log_likelihood(o.link, -z, a, o.smoothing);

@@ -208,7 +208,8 @@ def mallows_log_prob(margin, neg_log_dispersion, *, smoothing=1.0):
     paper's.
 
     Args:
-        margin: z, any shape; a tensor or a number, at least one of the two arguments a tensor.
+        margin: z, any shape; a tensor or a number, at least one of the two arguments a tensor. An infinite one counts
+            as the largest finite one.
         neg_log_dispersion: a >= 0, broadcast against margin. a = 0 gives log 1/2 everywhere.
         smoothing: half-width of the cubic; 0 for the raw function, which at z = 0 is log 1/2 with the slope of its
             sides.
