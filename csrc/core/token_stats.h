@@ -11,6 +11,18 @@
 
 namespace mallowspo {
 
+// The type of sums and results over logits of type T.
+template <class T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename Accumulator<T>::type;
+
 template <class T>
 struct Partial {
   T s, t;

@@ -13,17 +13,6 @@ namespace {
 constexpr int64_t block = 512;  // elements; a multiple of four vectors
 constexpr int prefetch_distance = 4096;  // bytes: the hardware's prefetcher stops at every page
 
-template <class T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-template <class T>
-using acc_t = typename Accumulator<T>::type;
-
 constexpr float lowest(float) { return -3.402823466e38f; }
 constexpr double lowest(double) { return -1.7976931348623157e308; }
 

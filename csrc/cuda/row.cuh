@@ -11,17 +11,6 @@ constexpr int threads = 256, warps = threads / 32;
 constexpr int group = 4;  // 16-byte loads that a thread has in flight
 constexpr unsigned whole_warp = 0xffffffffu;
 
-template <class T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-template <class T>
-using acc_t = typename Accumulator<T>::type;
-
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
 __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
