@@ -1,6 +1,8 @@
-# make demo    set everything up and fine-tune a real language model on human-written dialogue
-# make test    set everything up and run the tests
-# make lint    ruff
+# make demo         set everything up and fine-tune a real language model on human-written dialogue
+# make test         set everything up and run the tests
+# make benchmark    set everything up, with the competitors, and measure (into benchmarks/results)
+#                   SELECT="-k bfloat16", say, measures a part of it (into outputs/benchmark)
+# make lint         ruff
 # Set PYTHON to name another Python 3.11 or newer.
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test benchmark lint format clean
 setup: $(VENV)/installed
 
 $(VENV)/python:
@@ -32,6 +34,14 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+$(VENV)/competitors: $(VENV)/installed
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[test,benchmark]'
+	touch $@
+
+# Each contest may take minutes on a slow machine; the timeout is for one that hangs.
+benchmark: $(VENV)/competitors
+	$(BIN)/python -m pytest benchmarks --benchmark-quiet --timeout 1800 --results $(if $(SELECT),outputs/benchmark,benchmarks/results) $(SELECT)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,53 +1,100 @@
-"""Times an implementation and its competitors in turn, round by round, in one process.
+"""Options, and the fixture that runs a contest; at the end of the run, the table and its files."""
 
-The machine may be shared: only figures of one run, taken in turn, compare. pytest-benchmark times ours; its set-up,
-which it does not time, runs every competitor once before each round, and their medians are kept in `extra_info`.
-"""
-
-import statistics
-import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import machine  # noqa: E402
+import memory  # noqa: E402
+import ratios  # noqa: E402
+from contest import time_contest  # noqa: E402
+from mallowspo.functional import HAS_CUDA_KERNELS  # noqa: E402
+
+ROWS = pytest.StashKey[list]()
 
 
-def seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def pytest_addoption(parser):
+    group = parser.getgroup("mallowspo")
+    group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is one and it has kernels")
+    group.addoption("--all-shapes", action="store_true", help="the slow shapes too (always on cuda)")
+    group.addoption("--results", metavar="FOLDER", help="where to keep the table; default: it is only printed")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes on two cores; --all-shapes runs it")
+    config.stash[ROWS] = []
+
+
+def device_of(config):
+    """The device the run measures."""
+    device = config.getoption("--device")
+    if device == "cuda" and not (torch.cuda.is_available() and HAS_CUDA_KERNELS):
+        raise pytest.UsageError("--device cuda needs a CUDA device and mallowspo built with CUDA kernels")
+    return device or ("cuda" if torch.cuda.is_available() and HAS_CUDA_KERNELS else "cpu")
+
+
+def pytest_collection_modifyitems(config, items):
+    if device_of(config) == "cuda" or config.getoption("--all-shapes"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
 
 
 @pytest.fixture
-def in_turn(benchmark):
-    """``in_turn(ours, {name: competitor})`` -> {name: median seconds}, ours under "ours"."""
+def compare(request, benchmark):
+    """``compare(contest, dtype, shape, case)``: times it, measures its memory, adds its row to the table."""
+    device = device_of(request.config)
 
-    def run(ours, others, rounds=7):
-        times = {name: [] for name in others}
-
-        def set_up():
-            for name, other in others.items():
-                times[name].append(seconds(other))
-
-        benchmark.pedantic(ours, setup=set_up, rounds=rounds, warmup_rounds=1)
-        medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first is the warm-up
-        benchmark.extra_info["seconds"] = {"ours": benchmark.stats.stats.median, **medians}
-        return benchmark.extra_info["seconds"]
-
-    return run
-
-
-@pytest.fixture
-def peak_memory():
-    """``peak_memory(set_up, code)`` -> MiB by which `code` raises the peak of a fresh process after `set_up`."""
-
-    def run(set_up, code):
-        script = (
-            "import resource, torch\n"
-            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-            f"{set_up}\nbefore = peak()\n{code}\nprint(peak() - before)\n"
+    def run(make, dtype, shape, case):
+        contest = make(device, dtype, shape, case)
+        spreads, rounds = time_contest(contest, device, benchmark)
+        measures_memory = contest.memory
+        row = {
+            "kernel": make.__module__.removeprefix("test_"),
+            "shape": shape,
+            "dtype": dtype,
+            "case": case,
+            "rounds": rounds,
+            "ours": spreads["ours"],
+            "competitors": {name: spreads.get(name) for name in contest.competitors},
+            "limits": {name: spreads[name] for name in contest.limits},
+        }
+        del contest  # the process that measures the memory needs its room
+        row["extra_memory_mib"] = (
+            memory.in_subprocess(make.__module__, device, dtype, shape, case) if measures_memory else None
         )
-        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        return float(result.stdout.split()[-1])
+        request.config.stash[ROWS].append(row)
+        show_progress(request.config, row)
 
     return run
+
+
+def show_progress(config, row):
+    """One line a finished row; the table follows at the end."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    heading, cells = ratios.table([row])
+    figures = (f"{name} {cell}" for name, cell in zip(heading[4:], cells[4:], strict=True))
+    with config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        reporter.ensure_newline()
+        reporter.write_line(f"{', '.join(cells[:4])}: {'; '.join(figures)} ({row['rounds']} rounds)")
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    device = device_of(config)
+    terminalreporter.section("ratios")
+    terminalreporter.write_line(ratios.LEGEND + "\n\n" + ratios.markdown_table(ratios.table(rows)) + "\n")
+    folder = config.getoption("--results")
+    if folder and exitstatus == pytest.ExitCode.OK:
+        results = {"schema": ratios.SCHEMA, "facts": machine.facts(device), "rows": rows}
+        for path in ratios.write(results, folder, machine.name(device)):
+            terminalreporter.write_line(f"wrote {path}")
+    elif folder:
+        terminalreporter.write_line(f"the run is not complete: what {folder} holds stays as it is")

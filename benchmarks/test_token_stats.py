@@ -1,63 +1,110 @@
-"""token_stats: logits [512, V] -> log-probability and entropy, forward and with the backward of the log-probability.
+"""token_stats: logits [512, V] -> log-probability of the label and entropy.
 
-Roofline: the forward reads 512 V logits once, the backward reads and writes them once; a streaming sum of the same
-logits and a copy of them are the floors beside it.
+Least work: the forward reads the logits once; the backward reads them once and writes a gradient of their size, over
+them or into memory that is new to the process, whose page faults cost more than the arithmetic.
 """
 
 import pytest
 import torch
-from shapes import MODELS
+import torch.nn.functional
 
 import mallowspo.functional as F
+from contest import Contest, compiled, optional
 from mallowspo.reference import torch_token_stats
+from shapes import count, sizes
 
-TOKENS = 512
-COMPILED = torch.compile(torch_token_stats, dynamic=False)
-
-
-def trl_token_stats(logits, labels):
-    trl = pytest.importorskip("trl.trainer.utils", reason="TRL is not installed: pip install trl")
-    return trl.selective_log_softmax(logits, labels), trl.entropy_from_logits(logits)
+SHAPES = ["TinyLlama-1.1B", "GPT-2", "Llama-3.2-1B", "Qwen3-0.6B", "Gemma-3-270M"]
+CASES = ["forward", "forward + backward", "backward in place"]
+MEMORY_SHAPE = "Llama-3.2-1B"  # the others' is proportional
 
 
-def data(model, dtype):
+def read(logits):
+    """One pass over the memory: an integer sum, which no value slows down and which takes any number of bytes."""
+    words = logits.view(-1).view(torch.int32)
+    return words.view(256, -1).sum(-1, dtype=torch.int32) if words.numel() % 256 == 0 else words.sum(dtype=torch.int32)
+
+
+def cross_entropy(logits, labels):
+    return (-torch.nn.functional.cross_entropy(logits, labels, reduction="none"),)
+
+
+def competitors(device):
+    """name -> function(logits, labels) whose first result are the log-probabilities, None where it is missing."""
+    trl = optional("trl.trainer.utils")
+    found = {
+        # The entropy is for the log: TRL's trainers take no gradient of it.
+        "TRL": trl and (lambda x, y: trl.selective_log_softmax_and_entropy(x, y, entropy_requires_grad=False)),
+        "eager": torch_token_stats,
+        "compiled": compiled(torch_token_stats, dynamic=False),
+        "cross-entropy": cross_entropy,
+    }
+    if device == "cuda":
+        liger = optional("liger_kernel.transformers.functional")
+        found["Liger"] = liger and (lambda x, y: (-liger.liger_cross_entropy(x, y, reduction="none"),))
+    return found
+
+
+def contest(device, dtype, shape, case):
     generator = torch.Generator().manual_seed(0)
-    vocabulary = MODELS[model][1]
-    logits = torch.randn(TOKENS, vocabulary, generator=generator).to(dtype)
-    return logits, torch.randint(vocabulary, (TOKENS,), generator=generator)
+    tokens, vocabulary = count(512), sizes(shape)[1]
+    logits = torch.randn(tokens, vocabulary, generator=generator).to(device, getattr(torch, dtype))
+    labels = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
+    memory = shape == MEMORY_SHAPE
+    if case == "backward in place":
+        return backward_in_place(logits, labels, memory)
+    others = competitors(device)
+    if case == "forward":
+        runs = {name: other and (lambda other=other: other(logits, labels)[0]) for name, other in others.items()}
+        return Contest(
+            lambda: F.token_stats(logits, labels).logps, runs, {"read": lambda: read(logits)}, memory=memory
+        )
 
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("model", MODELS)
-def test_forward(in_turn, model, dtype):
-    logits, labels = data(model, dtype)
-    in_turn(
-        lambda: F.token_stats(logits, labels),
-        {
-            "TRL": lambda: trl_token_stats(logits, labels),
-            "eager": lambda: torch_token_stats(logits, labels),
-            "inductor": lambda: COMPILED(logits, labels),
-            "floor: read": lambda: logits.view(torch.int32).sum(-1, dtype=torch.int32),
-        },
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("model", ["SmolLM2-135M", "Llama-3-8B"])
-def test_forward_backward(in_turn, model, dtype):
-    logits, labels = data(model, dtype)
+    original = logits.clone() if others.get("Liger") else None  # its kernel writes the gradient over the logits
     logits.requires_grad_()
 
-    def step(function):
-        logits.grad = None
-        function(logits, labels)[0].sum().backward()
+    def gradient(function):
+        return torch.autograd.grad(function(logits, labels)[0].sum(), logits)[0]
 
-    in_turn(
-        lambda: step(F.token_stats),
-        {
-            "TRL": lambda: step(trl_token_stats),
-            "eager": lambda: step(torch_token_stats),
-            "inductor": lambda: step(COMPILED),
-            "floor: read + copy": lambda: (logits.detach().view(torch.int32).sum(-1), logits.detach().clone()),
-        },
+    def restore():
+        with torch.no_grad():
+            logits.copy_(original)
+
+    def read_and_copy():
+        return read(logits.detach()), logits.detach().clone()
+
+    return Contest(
+        lambda: gradient(F.token_stats),
+        {name: other and (lambda other=other: gradient(other)) for name, other in others.items()},
+        {"read, copy to fresh": read_and_copy},
+        prepare=None if original is None else restore,
+        memory=memory,
     )
+
+
+def backward_in_place(logits, labels, memory):
+    """The gradient of the log-probabilities, written over the logits; the forward is not timed."""
+    work, rows, copy = logits.clone(), torch.arange(len(labels), device=logits.device), torch.empty_like(logits)
+    ones, made = torch.ones(len(labels), device=logits.device), {}
+    leaf = work.detach().requires_grad_()
+
+    def prepare():
+        work.copy_(logits)
+        made["logps"] = F.token_stats(leaf, labels, inplace_backward=True).logps
+
+    def ours():
+        return torch.autograd.grad(made["logps"], leaf, ones)[0]
+
+    def eager():  # as far as torch's operators go without a second buffer
+        torch.softmax(work, -1, out=work).neg_()
+        work[rows, labels] += 1
+        return work
+
+    limits = {"read + write in place": lambda: work.neg_(), "copy to existing": lambda: copy.copy_(work)}
+    return Contest(ours, {"eager": eager}, limits, prepare=prepare, memory=memory)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", CASES)
+def test_token_stats(compare, case, shape, dtype):
+    compare(contest, dtype, shape, case)

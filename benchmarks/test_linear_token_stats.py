@@ -1,0 +1,121 @@
+"""linear_token_stats: hidden states [1024, D] and a head [V, D] -> log-probabilities and entropies, and DPO on them.
+
+The tokens are two pairs of responses of 256 tokens. Least work: one product of [N, D] with [D, V] for the forward, two
+with the hidden states' gradient (head frozen), three with the head's (head trained).
+"""
+
+import pytest
+import torch
+
+import mallowspo.functional as F
+from contest import Contest, compiled, optional
+from mallowspo.reference import torch_token_stats
+from shapes import count, sizes
+
+CASES = ["forward", "frozen head", "trained head"]
+SHAPES = ["SmolLM2-135M", "TinyLlama-1.1B", pytest.param("Llama-3.2-1B", marks=pytest.mark.slow)]
+MEMORY_SHAPE = "SmolLM2-135M"
+BETA = 0.1
+TRL_CHUNK = 32768  # columns of the head at a time, as TRL's DPOTrainer has it
+
+
+def dpo(logps):
+    """DPO's loss without a reference, from log-probabilities [responses, tokens], the chosen half first."""
+    chosen, rejected = logps.float().sum(-1).chunk(2)
+    return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def materialised(hidden, weight, labels):
+    return torch_token_stats(hidden @ weight.T, labels)[0]
+
+
+def log_probs(device):
+    """name -> function(hidden [B, T, D], weight, labels [B, T]) -> log-probabilities [B, T], None where missing."""
+    trl = optional("trl.kernels")
+    nn = torch.nn.functional
+
+    def trl_chunked(hidden, weight, labels):
+        arguments = hidden.flatten(0, 1), weight, None, labels.flatten(), 1.0, TRL_CHUNK, None, 1.0, ("entropy",)
+        return trl.ChunkedLogProbFunction.apply(*arguments)[0].view(labels.shape)
+
+    def torch_chunked(hidden, weight, labels):
+        options = torch.nn.LinearCrossEntropyOptions()
+        arguments = hidden.flatten(0, 1), weight, labels.flatten()
+        return -nn.linear_cross_entropy(*arguments, reduction="none", options=options).view(labels.shape)
+
+    return {
+        "TRL": trl and trl_chunked,
+        "eager": materialised,
+        "compiled": compiled(materialised, dynamic=False),
+        "cross-entropy": torch_chunked if hasattr(nn, "linear_cross_entropy") else None,
+    }
+
+
+def liger_dpo(hidden, weight, labels, wanted):
+    """name -> function -> gradients, of Liger's fused head and DPO, None where it is missing."""
+    liger = optional("liger_kernel.chunked_loss")
+    labels = labels.clone()  # Liger marks them for torch.compile, which would reach the other compiled competitor
+
+    def step(loss):
+        return torch.autograd.grad(loss(weight, hidden, labels)[0], wanted)
+
+    found = {}
+    for name, is_compiled in (("Liger", False), ("Liger compiled", True)):
+        loss = liger and liger.LigerFusedLinearDPOLoss(beta=BETA, compiled=is_compiled, use_ref_model=False)
+        found[name] = loss and (lambda loss=loss: step(loss))
+    return found
+
+
+def products(hidden, weight, number):
+    """The first `number` of the three products, into buffers that exist."""
+    hidden, weight = hidden.detach().flatten(0, 1), weight.detach()
+    logits = hidden @ weight.T
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def run():
+        torch.mm(hidden, weight.T, out=logits)
+        if number > 1:
+            torch.mm(logits, weight, out=grad_hidden)
+        if number > 2:
+            torch.mm(logits.T, hidden, out=grad_weight)
+
+    return {f"{number} product{'s' if number > 1 else ''}": run}
+
+
+def contest(device, dtype, shape, case):
+    generator = torch.Generator().manual_seed(0)
+    width, vocabulary = sizes(shape)
+
+    def normal(*shape, scale):
+        return (scale * torch.randn(*shape, generator=generator)).to(device, getattr(torch, dtype))
+
+    hidden, weight = normal(4, count(256), width, scale=1.0), normal(vocabulary, width, scale=width**-0.5)
+    labels = torch.randint(vocabulary, hidden.shape[:-1], generator=generator).to(device)
+    others, memory = log_probs(device), shape == MEMORY_SHAPE
+    number = 1 + CASES.index(case)
+    limits = products(hidden, weight, number)
+    if case == "forward":
+        runs = {name: other and (lambda other=other: other(hidden, weight, labels)) for name, other in others.items()}
+        return Contest(lambda: F.linear_token_stats(hidden, weight, labels).logps, runs, limits, memory=memory)
+
+    wanted = (hidden, weight)[: number - 1]
+    for tensor in wanted:
+        tensor.requires_grad_()
+
+    def step(function):
+        return torch.autograd.grad(dpo(function(hidden, weight, labels)), wanted)
+
+    return Contest(
+        lambda: step(lambda *tensors: F.linear_token_stats(*tensors).logps),
+        {name: other and (lambda other=other: step(other)) for name, other in others.items()}
+        | liger_dpo(hidden, weight, labels, wanted),
+        limits,
+        memory=memory,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", CASES)
+def test_linear_token_stats(compare, case, shape, dtype):
+    compare(contest, dtype, shape, case)
