@@ -62,7 +62,7 @@ def log_probs():
 def liger_dpo(hidden, weight, labels, wanted):
     """name -> function -> gradients, of Liger's fused head and DPO, None where it is missing."""
     liger = optional("liger_kernel.chunked_loss")
-    labels = labels.clone()  # Liger marks them for torch.compile, which would reach the other compiled competitor
+    labels = labels.clone()  # Liger marks its own as dynamic for torch.compile
 
     def step(loss):
         return torch.autograd.grad(loss(weight, hidden, labels)[0], wanted)
