@@ -14,6 +14,9 @@ import ratios  # noqa: E402
 from contest import time_contest  # noqa: E402
 from mallowspo.functional import HAS_CUDA_KERNELS  # noqa: E402
 
+# Beyond its limit of recompilations torch.compile would run the plain function, timed as if it were compiled.
+torch._dynamo.config.fail_on_recompile_limit_hit = True
+
 ROWS = pytest.StashKey[list]()
 
 

@@ -52,13 +52,6 @@ def optional(module):
         return None
 
 
-def compiled(function, **options):
-    """torch.compile from an empty cache, so that contests do not count towards each other's recompilations."""
-    torch._dynamo.reset()
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else the plain function would be timed as if compiled
-    return torch.compile(function, **options)
-
-
 def synchronize(device):
     """Waits until the device has done what it was given."""
     if device == "cuda":
@@ -116,6 +109,7 @@ def warm_up(contest, device):
     Raises:
         AssertionError: a competitor computes something else; its time would mean nothing.
     """
+    torch._dynamo.reset()  # recompilations of earlier contests do not count
     expected = None
     for name, run in contest.contenders().items():
         if contest.prepare is not None:

@@ -9,11 +9,17 @@ import torch
 import torch.nn.functional
 
 import mallowspo.functional as F
-from contest import Contest, compiled, optional
+from contest import Contest, optional
 from mallowspo.reference import torch_token_stats
 from shapes import count, sizes
 
-SHAPES = ["TinyLlama-1.1B", "GPT-2", "Llama-3.2-1B", "Qwen3-0.6B", "Gemma-3-270M"]
+SHAPES = [
+    "TinyLlama-1.1B",
+    "GPT-2",
+    "Llama-3.2-1B",
+    pytest.param("Qwen3-0.6B", marks=pytest.mark.slow),
+    "Gemma-3-270M",
+]
 CASES = ["forward", "forward + backward", "backward in place"]
 MEMORY_SHAPE = "Llama-3.2-1B"  # the others' is proportional
 
@@ -35,7 +41,7 @@ def competitors(device):
         # The entropy is for the log: TRL's trainers take no gradient of it.
         "TRL": trl and (lambda x, y: trl.selective_log_softmax_and_entropy(x, y, entropy_requires_grad=False)),
         "eager": torch_token_stats,
-        "compiled": compiled(torch_token_stats, dynamic=False),
+        "compiled": torch.compile(torch_token_stats, dynamic=False),
         "cross-entropy": cross_entropy,
     }
     if device == "cuda":

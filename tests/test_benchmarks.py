@@ -139,7 +139,7 @@ def run_toy(select, results, *paths):
 
 
 def test_a_run_at_toy_sizes(tmp_path):
-    run = run_toy("(place and Llama-3 and float32) or hinge-8", tmp_path)
+    run = run_toy("(place and Llama-3 and float32) or ipo-8", tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     (path,) = tmp_path.glob("*.json")
     results = json.loads(path.read_text())
@@ -161,7 +161,7 @@ def test_a_run_at_toy_sizes(tmp_path):
 def test_a_failed_run_writes_nothing(tmp_path):
     failing = tmp_path / "test_failing.py"
     failing.write_text("def test_failing():\n    assert False\n")
-    run = run_toy("hinge-8 or failing", tmp_path / "results", failing)
+    run = run_toy("ipo-8 or failing", tmp_path / "results", failing)
     assert run.returncode == pytest.ExitCode.TESTS_FAILED
     assert "1 passed" in run.stdout and "stays as it is" in run.stdout
     assert not (tmp_path / "results").exists()
