@@ -58,7 +58,8 @@ struct Inputs {
 
   const void* operator()(const Tensor& t, const char* name) {
     check_same(like, t, name);
-    keep.push_back(torch::stable::contiguous(torch::stable::to(t, accumulator_of(t))));
+    const bool as_it_is = t.scalar_type() == accumulator_of(t) && t.is_contiguous();  // spares two dispatches
+    keep.push_back(as_it_is ? t : torch::stable::contiguous(torch::stable::to(t, accumulator_of(t))));
     return keep.back().const_data_ptr();
   }
   const void* operator()(const OptionalTensor& t, const char* name) { return t ? (*this)(*t, name) : nullptr; }
