@@ -16,7 +16,7 @@ from transformers import HfArgumentParser, TrainerCallback
 from mallowspo import preset, presets
 from mallowspo.dispersion import agreement_to_neg_log_dispersion
 
-trl = pytest.importorskip("trl", minversion="1.15", reason="trl is not installed: pip install 'mallowspo[trl]'")
+trl = pytest.importorskip("trl", minversion="1.16", reason="trl is not installed: pip install 'mallowspo[trl]'")
 from mallowspo.integrations.trl import ENTROPY_SCALE, DPOConfig, DPOTrainer  # noqa: E402
 
 STEPS = 5
