@@ -91,7 +91,7 @@ class MallowsConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        objective = self.objective()
+        self.objective()
         if self.label_smoothing_factor:
             raise ValueError(
                 "label_smoothing_factor smooths token labels, not preferences; set label_smoothing instead"
@@ -100,25 +100,31 @@ class MallowsConfig(TrainingArguments):
             raise ValueError(
                 "remove_unused_columns must be False: the collator reads columns no model's forward names"
             )
-        if self.dispersion_source not in (None, *SOURCES):
-            raise ValueError(
-                f"unknown dispersion_source {self.dispersion_source!r}; choose one of {', '.join(SOURCES)}"
-            )
-        if self.dispersion_scale != "auto":
-            try:
-                self.dispersion_scale = float(self.dispersion_scale)
-            except (TypeError, ValueError):
-                raise ValueError(
-                    f"dispersion_scale must be 'auto' or a number, got {self.dispersion_scale!r}"
-                ) from None
-            if not 0 < self.dispersion_scale < float("inf"):
-                raise ValueError(f"dispersion_scale must be positive and finite, got {self.dispersion_scale}")
-        if not objective.uses_dispersion and (self.dispersion_source is not None or self.dispersion_scale != "auto"):
-            raise ValueError(
-                f"loss_type {self.loss_type!r} uses no dispersion; leave dispersion_source and _scale out"
-            )
+        check_dispersion(self, default_scale="auto")
 
     def objective(self):
         """The PreferenceObjective these arguments describe."""
-        fields = ("beta", "gamma", "label_smoothing", "smoothing", "sft_weight")
-        return preset(self.loss_type, **{f: getattr(self, f) for f in fields if getattr(self, f) is not None})
+        return objective_of(self, self.loss_type)
+
+
+def objective_of(args, loss_type):
+    """The preset with the fields that args, a config of ours or of an integration, does not leave at None."""
+    fields = ("beta", "gamma", "label_smoothing", "smoothing", "sft_weight")
+    return preset(loss_type, **{f: getattr(args, f) for f in fields if getattr(args, f) is not None})
+
+
+def check_dispersion(args, default_scale):
+    """ValueError for dispersion arguments that cannot be meant; makes a number of a scale from the command line."""
+    if args.dispersion_source not in (None, *SOURCES):
+        raise ValueError(f"unknown dispersion_source {args.dispersion_source!r}; choose one of {', '.join(SOURCES)}")
+    if args.dispersion_scale != default_scale:
+        try:
+            args.dispersion_scale = float(args.dispersion_scale)
+        except (TypeError, ValueError):
+            wanted = "'auto' or a number" if default_scale == "auto" else "a number"
+            raise ValueError(f"dispersion_scale must be {wanted}, got {args.dispersion_scale!r}") from None
+        if not 0 < args.dispersion_scale < float("inf"):
+            raise ValueError(f"dispersion_scale must be positive and finite, got {args.dispersion_scale}")
+    given = args.dispersion_source is not None or args.dispersion_scale != default_scale
+    if given and not args.objective().uses_dispersion:
+        raise ValueError(f"loss_type {args.loss_type!r} uses no dispersion; leave dispersion_source and _scale out")

@@ -1,0 +1,84 @@
+"""The Python in the pages of docs/ runs, and what they say of other libraries is so where those are installed."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_pairs, tiny_tokenizer
+
+from mallowspo import MallowsConfig, preset
+
+DOCS = Path(__file__).parents[1] / "docs"
+BLOCKS = {
+    f"{page.name} {number}": block
+    for page in sorted(DOCS.glob("*.md"))
+    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S), 1)
+}
+
+
+def given():
+    """What the pages take as the reader's own."""
+    return {
+        "model": tiny_model(),
+        "ref_model": tiny_model(seed=1),
+        "tokenizer": tiny_tokenizer(),
+        "pairs": tiny_pairs(8),
+    }
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_code_of_the_pages_runs(name, tmp_path, monkeypatch):
+    if "integrations.trl" in BLOCKS[name]:
+        pytest.importorskip("trl", reason="trl is not installed: pip install 'mallowspo[trl]'")
+    monkeypatch.chdir(tmp_path)
+    namespace = given()
+    exec(compile(BLOCKS[name], name, "exec"), namespace)
+    if "trainer" in namespace:
+        assert namespace["trainer"].state.global_step == 4
+
+
+def cells(heading, column):
+    """The names in backticks of a column of the tables under a heading of coming_from.md."""
+    text = (DOCS / "coming_from.md").read_text().split(f"## {heading}")[1].split("\n## ")[0]
+    rows = [row.strip("|").split("|") for row in text.splitlines() if row.startswith("| ")]
+    return {name for row in rows for name in re.findall(r"`([a-z_]+)\b", row[column])}
+
+
+def test_every_argument_of_trl_is_in_the_page():
+    trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'mallowspo[trl]'")
+    from trl.trainer.base_config import _BaseConfig
+
+    own = {f.name for f in dataclasses.fields(trl.DPOConfig)} - {f.name for f in dataclasses.fields(_BaseConfig)}
+    told = cells("TRL: to", 0)
+    # Coefficients of what the page says there is none of, and what TRL itself will remove.
+    partners = {"f_alpha_divergence_coef", "ref_model_mixup_alpha", "ref_model_sync_steps", "pad_token"}
+    assert own - partners <= told
+    ours = {f.name for f in dataclasses.fields(MallowsConfig)} - {f.name for f in dataclasses.fields(_BaseConfig)}
+    assert ours <= told | cells("TRL: to", 1)
+
+
+def test_liger_gives_the_dpo_loss_of_the_page():
+    liger = pytest.importorskip("liger_kernel.chunked_loss", reason="liger_kernel is not installed")
+    (block,) = (block for block in BLOCKS.values() if "linear_token_stats" in block)
+    namespace = {}
+    exec(block, namespace)
+    hidden, weight, target = (namespace[name] for name in ("hidden", "weight", "target"))
+    loss, _ = liger.LigerFusedLinearDPOLoss(compiled=False, beta=0.1)(
+        weight, hidden, target, None, namespace["ref_hidden"], namespace["ref_weight"]
+    )
+    torch.testing.assert_close(namespace["dpo"], loss, rtol=1e-5, atol=1e-6)
+    simpo = liger.LigerFusedLinearSimPOLoss()
+    assert (simpo.beta, simpo.gamma, simpo.compute_nll_loss, simpo.alpha) == (0.1, 0.5, True, 1.0)
+
+
+def test_the_authors_weight_is_twice_our_dispersion():
+    """Their w h with w = -0.29 log Hbar, ours 2 a h with a = -0.145 log Hbar: the same loss of a pair."""
+    objective = preset("mallows-theta", beta=0.3)
+    margins = torch.tensor([[1.3], [-0.4]])
+    a = -0.145 * torch.tensor(0.03).log()[None]
+    for h in margins:
+        found = objective(torch.stack([h[0], torch.tensor(0.0)]), None, torch.zeros(2), a).losses
+        expected = -torch.nn.functional.logsigmoid(0.3 * -0.29 * torch.tensor(0.03).log() * h)
+        torch.testing.assert_close(found, expected)
