@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback
 
-from mallowspo.data import PreferenceCollator, tokenize_pairs
+from mallowspo.collator import PreferenceCollator
+from mallowspo.data import tokenize_pairs
 from mallowspo.modeling import attach_token_stats, sequence_stats
 
 # Sizes that do not divide by two: the eval sets and, in "odd", the train set, whose pass must still keep its order.

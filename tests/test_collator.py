@@ -16,7 +16,8 @@ from tiny_text import (
     standard,
 )
 
-from mallowspo.data import PreferenceCollator, tokenize_pairs
+from mallowspo.collator import PreferenceCollator
+from mallowspo.data import tokenize_pairs
 
 
 def test_collator_by_hand():
@@ -36,7 +37,6 @@ def test_collator_by_hand():
         "attention_mask": [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0]],
         "target_index": [1, 2, 4, 5, 9, 12],
         "target_ids": [7, 8, 4, 5, 9, 7],
-        "target_rows": [0, 0, 1, 1, 2, 3],
         "num_tokens": [2, 2, 1, 1],
     }
     assert batch.keys() == {*expected, "agreement", "ref_chosen_logps"}
@@ -44,6 +44,25 @@ def test_collator_by_hand():
         assert batch[name].dtype == torch.int64 and batch[name].tolist() == values, name
     assert batch["agreement"].dtype == torch.float32 and batch["agreement"].tolist() == [0.75, 1.0]
     assert batch["ref_chosen_logps"].tolist() == [-1.5, -2.0]
+
+
+def test_packed_by_hand():
+    rows = [
+        {"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9], "agreement": 0.75},
+        {"prompt_ids": [], "chosen_ids": [3, 4, 5], "rejected_ids": [6, 7], "agreement": 1.0},
+    ]
+    batch = PreferenceCollator(pad_token_id=0, share_prompt=True)(rows)
+    expected = {
+        "input_ids": [[5, 6, 7, 8, 9, 3, 4, 5, 6, 7]],
+        "position_ids": [[0, 1, 2, 3, 2, 0, 1, 2, 0, 1]],
+        "target_index": [1, 2, 5, 6, 1, 8],
+        "target_ids": [7, 8, 4, 5, 9, 7],
+        "num_tokens": [2, 2, 1, 1],
+    }
+    assert batch.keys() == {*expected, "segments", "agreement"}
+    for name, values in expected.items():
+        assert batch[name].dtype == torch.int64 and batch[name].tolist() == values, name
+    assert batch["segments"] == [(2, (2, 1)), (0, (3, 2))] and batch["agreement"].tolist() == [0.75, 1.0]
 
 
 def test_collator_needs_a_pad_token():
@@ -76,12 +95,28 @@ def test_collator_against_loops(rows, multiple):
         assert batch["input_ids"][r].tolist() == sequence + [0] * (width - len(sequence))
         assert batch["attention_mask"][r].tolist() == [1] * len(sequence) + [0] * (width - len(sequence))
         prompt_length = len(rows[r % len(rows)]["prompt_ids"])
-        scored = [(r * width + t - 1, sequence[t], r) for t in range(prompt_length, len(sequence)) if t > 0]
+        scored = [(r * width + t - 1, sequence[t]) for t in range(prompt_length, len(sequence)) if t > 0]
         targets += scored
         counts.append(len(scored))
-    found = (batch[name].tolist() for name in ("target_index", "target_ids", "target_rows"))
+    found = (batch[name].tolist() for name in ("target_index", "target_ids"))
     assert list(zip(*found, strict=True)) == targets
     assert batch["num_tokens"].tolist() == counts
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(ROW, min_size=1, max_size=5))
+def test_packed_scores_what_padded_rows_score(rows):
+    """The same tokens in the same order, each predicted behind the same tokens of its sequence."""
+    packed, padded = (PreferenceCollator(pad_token_id=0, share_prompt=share)(rows) for share in (True, False))
+    assert torch.equal(packed["target_ids"], padded["target_ids"])
+    assert torch.equal(packed["num_tokens"], padded["num_tokens"])
+    width = padded["input_ids"].shape[1]
+    assert torch.equal(packed["position_ids"][0][packed["target_index"]], padded["target_index"] % width)
+    predicting = (batch["input_ids"].flatten()[batch["target_index"]] for batch in (packed, padded))
+    assert torch.equal(*predicting)
+    lengths = [n for prompt, responses in packed["segments"] for n in (prompt, *responses)]
+    assert lengths == [len(row[name]) for row in rows for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    assert packed["input_ids"].shape == packed["position_ids"].shape == (1, sum(lengths))
 
 
 def test_every_kept_pair_has_a_scored_token():

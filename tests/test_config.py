@@ -66,6 +66,7 @@ TABLE = {
     "reference_cache_dir": ("elsewhere", {}, files),
     "precompute_ref_batch_size": (1, {}, pass_lengths),
     "max_length": (5, {}, lengths),
+    "share_prompt": (False, {}, width),
     "pad_to_multiple_of": (32, {}, width),
     "dataset_num_proc": (2, {}, None),
     "disable_dropout": (False, {"model": "dropout", **MEASURED}, losses),

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from tiny import GPT2_SHAPE, VOCABULARY, plain_stats, tiny_model
 from torch import nn
 
-from mallowspo.data import PreferenceCollator
+from mallowspo.collator import PreferenceCollator
 from mallowspo.modeling import attach_token_stats, disable_dropout, evaluating, sequence_stats
 
 # Everything a supported model may do between its decoder and its logits: bias, tied head, soft cap, scale, divisor.

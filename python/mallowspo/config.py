@@ -34,7 +34,9 @@ class MallowsConfig(TrainingArguments):
 
     Parameters that control model and data:
         max_length: longest sequence, prompt and completion, in tokens; None for no limit.
-        pad_to_multiple_of: round batch lengths up to a multiple of this.
+        share_prompt: encode each prompt once for both of its responses, in batches without padding. None: where the
+            model's attention takes such batches; else a warning says why not, and rows are padded. True: raise there.
+        pad_to_multiple_of: pad rows to a multiple of this; share_prompt is False then.
         dataset_num_proc: processes that tokenise.
         disable_dropout: set every dropout of policy and reference to 0.
         model_init_kwargs: for ``AutoModelForCausalLM.from_pretrained`` where the model is given by name; its dtype is
@@ -82,7 +84,10 @@ class MallowsConfig(TrainingArguments):
     )
 
     max_length: int | None = field(default=1024, metadata={"help": "Longest sequence in tokens; None: no limit."})
-    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Pad batches to a multiple of this."})
+    share_prompt: bool | None = field(
+        default=None, metadata={"help": "Encode each prompt once, without padding; None: where the model can."}
+    )
+    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Pad rows to a multiple of this."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
     disable_dropout: bool = field(default=True, metadata={"help": "Set the dropout of policy and reference to 0."})
     model_init_kwargs: dict[str, Any] | str | None = field(
@@ -100,6 +105,8 @@ class MallowsConfig(TrainingArguments):
             raise ValueError(
                 "remove_unused_columns must be False: the collator reads columns no model's forward names"
             )
+        if self.share_prompt and self.pad_to_multiple_of is not None:
+            raise ValueError("share_prompt packs batches without padding; leave pad_to_multiple_of out")
         check_dispersion(self, default_scale="auto")
 
     def objective(self):

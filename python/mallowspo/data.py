@@ -1,7 +1,6 @@
-"""Preference data: from a data set of pairs to the padded batches the trainer scores.
+"""Preference data: `tokenize_pairs` turns a data set of pairs, text or conversations, into token ids once.
 
-`tokenize_pairs` turns text or conversations into token ids once; `PreferenceCollator` pads rows of them and lists the
-positions to score. The formats are TRL's preference formats.
+The formats are TRL's preference formats.
 """
 
 import json
@@ -9,11 +8,8 @@ import logging
 import math
 import sys
 from collections import Counter
-from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
-import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
@@ -266,65 +262,3 @@ def _common_length(*sequences: Any) -> int:
             break
         length += 1
     return length
-
-
-@dataclass
-class PreferenceCollator:
-    """Pads B tokenized pairs into one batch of 2B rows and lists the positions to score.
-
-    Rows 0..B-1 are prompt + chosen, rows B..2B-1 prompt + rejected, padded on the right to the longest (T tokens). A
-    completion token is predicted by the position before it; the first token of a row with an empty prompt has none
-    and is not scored. N is the number of scored tokens; they come row by row, in the order of the row.
-
-    Args:
-        pad_token_id: The id to pad with; padded positions are masked and never scored.
-        pad_to_multiple_of: If set, T is rounded up to a multiple of it.
-
-    Raises:
-        TypeError: `pad_token_id` is not an int.
-    """
-
-    pad_token_id: int
-    pad_to_multiple_of: int | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.pad_token_id, int):
-            raise TypeError(
-                f"pad_token_id must be an int, got {self.pad_token_id!r}: set tokenizer.pad_token (EOS will do)"
-            )
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collates rows of `tokenize_pairs`.
-
-        Returns:
-            `input_ids`, `attention_mask`: [2B, T] int64.
-            `target_index`: [N] int64, the flat position r * T + t whose hidden state predicts the token.
-            `target_ids`, `target_rows`: [N] int64, the token and its row.
-            `num_tokens`: [2B] int64, scored tokens of each row.
-            Each of `PAIR_COLUMNS` and `REFERENCE_COLUMNS` that the rows have: [B] float32.
-        """
-        sequences = [row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
-        lengths = torch.tensor([len(ids) for ids in sequences])[:, None]
-        width = int(lengths.max())
-        if self.pad_to_multiple_of is not None:
-            width = math.ceil(width / self.pad_to_multiple_of) * self.pad_to_multiple_of
-        position = torch.arange(width)
-        real = position < lengths
-        input_ids = torch.full(real.shape, self.pad_token_id)
-        input_ids[real] = torch.tensor(list(chain.from_iterable(sequences)))
-
-        first_scored = torch.tensor([max(len(row["prompt_ids"]), 1) for row in rows]).repeat(2)[:, None]
-        predicts = (position >= first_scored - 1) & (position < lengths - 1)
-        target_index = predicts.flatten().nonzero().squeeze(1)
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": real.long(),
-            "target_index": target_index,
-            "target_ids": input_ids.flatten()[target_index + 1],
-            "target_rows": target_index // width,
-            "num_tokens": predicts.sum(1),
-        }
-        for name in (*PAIR_COLUMNS, *REFERENCE_COLUMNS):
-            if name in rows[0]:
-                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
-        return batch

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import extract_model_from_parallel, send_to_device
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mallowspo import functional as F
+from mallowspo.attention import ATTENTION, packed_inputs
+from mallowspo.collator import pack, pad
 
 # What a causal LM may do to its logits after the head, by the name of its config field.
 _SOFTCAP = "final_logit_softcapping"
@@ -83,9 +85,16 @@ def attach_token_stats(model):
 def _model_forward(self, *args, target_index=None, target_ids=None, **kwargs):
     if target_ids is None:
         return type(self).forward(self, *args, **kwargs)
-    given = {name: value for name, value in kwargs.items() if value is not None}  # PEFT fills in what was not
-    hidden = self.get_decoder()(*args, **{**given, "use_cache": False}).last_hidden_state
-    return self.get_output_embeddings()(hidden.flatten(0, 1)[target_index], target_ids)
+    return self.get_output_embeddings()(_hidden_states(self, target_index, *args, **kwargs), target_ids)
+
+
+def _hidden_states(model, target_index, *args, segments=None, **kwargs):
+    """Last hidden states [N, D] of the positions to score."""
+    inputs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT fills in what was not given
+    if segments is not None:
+        inputs |= packed_inputs(model.config.get_text_config(), inputs["input_ids"], segments)
+    output = model.get_decoder()(*args, **{**inputs, "use_cache": False})
+    return output.last_hidden_state.flatten(0, 1)[target_index]
 
 
 def _head_forward(self, hidden, target_ids=None):
@@ -100,11 +109,10 @@ _model_forward.__name__ = _head_forward.__name__ = "forward"
 
 @torch.no_grad()
 def _compare_with_logits(model):
-    parameter = model.get_output_embeddings().weight
-    if parameter.is_meta or parameter.numel() == 0:
-        return  # this rank holds no weights before the model is wrapped (FSDP, ZeRO-3); one that does compares
+    if not _has_weights(model):
+        return  # before it is wrapped (FSDP, ZeRO-3); a rank that has them compares
     length = 8
-    ids = torch.arange(1, length + 1, device=parameter.device)[None] % parameter.shape[0]
+    ids = torch.arange(1, length + 1, device=model.device)[None] % model.get_input_embeddings().num_embeddings
     mask = torch.ones_like(ids)
     index = torch.arange(length - 1, device=ids.device)
     with evaluating(model):
@@ -122,22 +130,79 @@ def _compare_with_logits(model):
             )
 
 
+def _has_weights(model):
+    weight = model.get_output_embeddings().weight
+    return not weight.is_meta and weight.numel() > 0
+
+
+def share_prompts(model, longest):
+    """Prepares a model for batches of :func:`mallowspo.collator.pack`.
+
+    Their result on a small batch is compared with that of separate sequences, so that a model that carries anything
+    from token to token other than by its attention is found out.
+
+    Args:
+        model: a ``PreTrainedModel`` that :func:`attach_token_stats` has seen, or a ``PeftModel`` of one.
+        longest: the longest sequence there will be, in tokens; None for no limit.
+
+    Returns:
+        None, or a sentence that says why the model cannot take them; it is left as it was then.
+    """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    name, config = type(model).__name__, model.config.get_text_config()
+    implementation = config._attn_implementation
+    if not (model._supports_sdpa and model._can_set_attn_implementation()):
+        return f"{name} has no attention of its own that could leave a response out"
+    if implementation not in ("sdpa", "flex_attention", ATTENTION):
+        return f"{name} runs with {implementation!r} attention; load it with attn_implementation='sdpa'"
+    for window in ("sliding_window", "attention_chunk_size"):
+        width = getattr(config, window, None) if getattr(config, "use_sliding_window", True) else None
+        if width is not None and (longest is None or longest > width):
+            return f"{name} has a {window} of {width} tokens; set max_length to no more than that"
+    if not _has_weights(model):
+        return f"the weights of {name} are sharded already, so the two ways cannot be compared"
+    if implementation == "sdpa":
+        model.set_attn_implementation(ATTENTION)
+    worst, allowed = _packed_difference(model)
+    if worst <= allowed:
+        return None
+    model.set_attn_implementation(implementation)
+    return f"{name} encodes a response otherwise where its prompt is shared: its hidden states differ by {worst:.2g}"
+
+
+@torch.no_grad()
+def _packed_difference(model):
+    """Largest relative difference that packing makes to the hidden state of a scored position, and what may be."""
+    ids = (torch.arange(32) % model.get_input_embeddings().num_embeddings).split([5, 3, 6, 2, 4, 12])
+    prompt, *pair, other_prompt, one, two = (part.tolist() for part in ids)
+    prompts, responses = (prompt, other_prompt), (pair, (one, two))
+    with evaluating(model):
+        packed, padded = (
+            _hidden_states(model, **_encoded(send_to_device(batch, model.device)))
+            for batch in (pack(prompts, responses), pad(prompts, responses, pad_token_id=0))
+        )
+    worst = ((packed - padded).double().norm(dim=1) / padded.double().norm(dim=1)).max().item()
+    return worst, torch.finfo(packed.dtype).eps ** 0.5  # roundings grow through the layers, mistakes are of order one
+
+
+def _encoded(batch):
+    """What of a collated batch the model encodes."""
+    names = ("input_ids", "attention_mask", "position_ids", "segments", "target_index")
+    return {name: batch[name] for name in names if name in batch}
+
+
 def sequence_stats(model, batch):
     """Runs the model (wrapped or not) on a collated batch.
 
     Args:
-        model: a model that :func:`attach_token_stats` has seen.
-        batch: of :class:`mallowspo.data.PreferenceCollator`, R = 2B sequences.
+        model: a model that :func:`attach_token_stats` has seen, and :func:`share_prompts` if the batch is packed.
+        batch: of :class:`mallowspo.collator.PreferenceCollator`, R = 2B sequences, or of ``pack`` or ``pad``.
 
     Returns:
         SequenceStats, [R] float32; differentiable.
     """
-    stats = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        target_index=batch["target_index"],
-        target_ids=batch["target_ids"],
-    )
+    stats = model(**_encoded(batch), target_ids=batch["target_ids"])
     lengths = batch["num_tokens"]
     logps, entropy = (torch.segment_reduce(values, "sum", lengths=lengths, axis=0) for values in stats)
     return SequenceStats(logps, entropy / lengths)

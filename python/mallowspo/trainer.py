@@ -14,8 +14,9 @@ from transformers.utils import logging
 
 from mallowspo import _C
 from mallowspo import functional as F
+from mallowspo.collator import PreferenceCollator
 from mallowspo.config import MallowsConfig
-from mallowspo.data import PAIR_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator, tokenize_pairs
+from mallowspo.data import PAIR_COLUMNS, REFERENCE_COLUMNS, tokenize_pairs
 from mallowspo.dispersion import (
     agreement_to_neg_log_dispersion,
     calibrated_scale,
@@ -23,6 +24,7 @@ from mallowspo.dispersion import (
     load_cache,
     save_cache,
 )
+from mallowspo.metrics import Means, pair_metrics
 from mallowspo.modeling import (
     SequenceStats,
     add_adapter,
@@ -31,6 +33,7 @@ from mallowspo.modeling import (
     evaluating,
     load_model,
     sequence_stats,
+    share_prompts,
     unprepared,
     whole,
 )
@@ -111,17 +114,19 @@ class MallowsTrainer(Trainer):
         if ref_model is not None:
             ref_model.requires_grad_(False)
 
-        self._sums = {}
         super().__init__(
             model=model,
             args=args,
-            data_collator=PreferenceCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
+            data_collator=PreferenceCollator(
+                processing_class.pad_token_id, args.pad_to_multiple_of, self._shares_prompts(args, model, ref_model)
+            ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._means = Means(self.accelerator)
         # compute_loss divides by the pairs of the whole optimiser step; the base class must not divide again.
         self.model_accepts_loss_kwargs = True
         if hasattr(self.model, "add_model_tags"):
@@ -196,6 +201,20 @@ class MallowsTrainer(Trainer):
         train = self._prepared(self.train_dataset)
         chosen, rejected = (torch.tensor(train[name][:]) for name in ("ref_chosen_entropy", "ref_rejected_entropy"))
         return calibrated_scale(F.neg_log_dispersion(chosen, rejected, self._vocabulary).numpy())
+
+    @staticmethod
+    def _shares_prompts(args, *models):
+        """Whether batches are packed, the same on every rank; ValueError where they must be and cannot."""
+        if args.share_prompt is False or (args.share_prompt is None and args.pad_to_multiple_of is not None):
+            return False
+        obstacles = [share_prompts(model, args.max_length) for model in models if model is not None]
+        (obstacle,) = broadcast_object_list([next(filter(None, obstacles), None)])
+        if obstacle is None:
+            return True
+        if args.share_prompt:
+            raise ValueError(f"share_prompt=True, but {obstacle}; or set share_prompt=False")
+        logger.warning_once(f"prompts are encoded once for each response, in padded rows: {obstacle}")
+        return False
 
     # ---- the reference ---------------------------------------------------------------------------------------------
 
@@ -294,7 +313,9 @@ class MallowsTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, policy, reference, dispersion = self._pair_losses(model, inputs)
-        self._record("train" if model.training else "eval", inputs, loss, policy, reference, dispersion)
+        vocabulary = self._vocabulary if self._source == "entropy" else None
+        values = pair_metrics(loss, policy, reference, dispersion, inputs["num_tokens"], vocabulary)
+        self._means.add("train" if model.training else "eval", values)
         if num_items_in_batch is None:
             total = loss.losses.mean()
         else:  # DDP averages over ranks, so the share of this one is scaled up
@@ -314,52 +335,19 @@ class MallowsTrainer(Trainer):
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
-    # ---- metrics: sums and counts, reduced over the ranks once when they are read -----------------------------------
-
-    def _record(self, mode, batch, loss, policy, reference, dispersion):
-        chosen, rejected = loss.chosen_rewards, loss.rejected_rewards
-        values = {
-            "loss": loss.losses,
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
-            "rewards/accuracies": ((chosen > rejected).float() + (chosen >= rejected).float()) / 2,
-            "logps/chosen": policy.logps.chunk(2)[0],
-            "logps/rejected": policy.logps.chunk(2)[1],
-            "entropy": sum(policy.entropy.chunk(2)) / 2,
-        }
-        if reference is not None:
-            ratio = (policy.logps - reference.logps) / batch["num_tokens"]
-            values["log_ratio/chosen"], values["log_ratio/rejected"] = ratio.chunk(2)
-        if dispersion is not None:
-            values["dispersion/neg_log_mean"] = dispersion
-            if self._source == "entropy":
-                values["dispersion/entropy"] = sum(reference.entropy.chunk(2)) / (2 * np.log(self._vocabulary))
-        table = torch.stack([value.detach().double() for value in values.values()], dim=1)
-        if mode == "eval":  # the ranks' last batches are filled up with pairs seen before; this cuts them off again
-            table = self.accelerator.gather_for_metrics(table)
-        sums = torch.cat([table.sum(0), table.new_tensor([len(table)])])
-        self._sums[mode] = list(values), sums + self._sums.get(mode, (None, 0))[1]
-
-    def _read_metrics(self, mode):
-        """Means over everything recorded since the last call, over all ranks; the same keys on every rank."""
-        if mode not in self._sums:
-            return {}
-        names, sums = self._sums.pop(mode)
-        *sums, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        return {name: value / count for name, value in zip(names, sums, strict=True)}
+    # ---- metrics ---------------------------------------------------------------------------------------------------
 
     def log(self, logs, start_time=None):
         if "loss" in logs:  # a log of training; evaluations add theirs in evaluation_loop
-            logs |= {name: value for name, value in self._read_metrics("train").items() if name != "loss"}
+            logs |= {name: value for name, value in self._means.read("train").items() if name != "loss"}
             if self.dispersion_scale is not None:
                 logs["dispersion/scale"] = self.dispersion_scale
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        self._sums.pop("eval", None)
+        self._means.drop("eval")
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self._read_metrics("eval").items()})
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self._means.read("eval").items()})
         return output
 
     # ---- per-pair results ------------------------------------------------------------------------------------------

@@ -1,0 +1,68 @@
+"""Prompt sharing: several responses behind one encoding of their prompt, in a batch without padding.
+
+A batch is one row of tokens: for each prompt its tokens, then those of each response. A response attends to its prompt
+and to itself; its positions continue the prompt's. Every token is encoded once and none is a pad token, so the result
+is that of the separate sequences, for less. `mallowspo.collator.pack` lays batches out like this; its `segments` are,
+for each prompt, its length and those of its responses.
+
+The layers find `segments` among the keyword arguments of their model's forward. Under the name in `ATTENTION`,
+transformers knows an attention function that attends to each sequence by itself with torch's SDPA: no mask over the
+whole batch exists. A model loaded with "flex_attention" gets the same pattern as a block mask, for GPUs.
+"""
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "mallowspo"  # the name of the attention below among those of transformers
+
+
+def _attention(module, query, key, value, attention_mask, segments=None, **kwargs):
+    """SDPA of each sequence of a packed batch [1, heads, T, head size]; of any other batch as it was meant."""
+    if segments is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    # The first response follows its prompt, so the two are an ordinary causal sequence.
+    lengths = [n for prompt, (first, *others) in segments for n in (prompt + first, *others)]
+    pieces = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    outputs = []
+    for prompt, responses in segments:
+        for number in range(len(responses)):
+            q, k, v = next(pieces)
+            mask = None
+            if number == 0:
+                prompt_k, prompt_v = k[:, :, :prompt], v[:, :, :prompt]
+            else:
+                k, v = torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)
+                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prompt)[None, None]
+            outputs.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def packed_inputs(config, input_ids, segments):
+    """The keyword arguments by which the layers of a model learn who attends to whom in a packed batch."""
+    if config._attn_implementation == "flex_attention":
+        return {"attention_mask": block_mask(segments, input_ids.device)}
+    # A mask of four dimensions is handed to the layers as it is: none is built, and none is read.
+    return {"attention_mask": input_ids.new_ones(1, 1, 1, 1), "segments": segments}
+
+
+def block_mask(segments, device):
+    """FlexAttention's BlockMask over the tokens of a packed batch."""
+    lengths = torch.tensor([n for prompt, responses in segments for n in (prompt, *responses)])
+    prompts = torch.tensor([i for i, (_, responses) in enumerate(segments) for _ in range(1 + len(responses))])
+    is_prompt = torch.tensor([i == 0 for _, responses in segments for i in range(1 + len(responses))])
+    own = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
+    prompts, is_prompt = prompts.to(device), is_prompt.to(device)
+
+    def mask(batch, head, q, kv):
+        same_prompt = prompts[own[q]] == prompts[own[kv]]
+        return (q >= kv) & same_prompt & (is_prompt[own[kv]] | (own[q] == own[kv]))
+
+    size = len(own)
+    return create_block_mask(mask, None, None, size, size, device=device, _compile=device.type == "cuda")
