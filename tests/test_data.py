@@ -56,7 +56,7 @@ def kind(request):
 def test_standard_text(kind, implicit):
     tokenizer, options = build(kind)
     rows = tokenize_pairs(standard(implicit), tokenizer)
-    assert rows.column_names == [*TOKEN_COLUMNS, "row"]
+    assert rows.column_names == [*TOKEN_COLUMNS, "length", "row"]
     assert rows["row"][:] == list(range(len(PROMPTS)))
     bos = [tokenizer.bos_token_id] * bool(options.get("add_bos"))
     for row, prompt, chosen, rejected in zip(rows, PROMPTS, CHOSEN, REJECTED, strict=True):
@@ -122,6 +122,7 @@ MERGES = [
 @pytest.mark.parametrize("options, prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids", MERGES)
 def test_boundary_by_hand(options, prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids):
     row = tokenize_pairs(pair(prompt, chosen, rejected), letters(**options))[0]
+    assert row.pop("length") == len(prompt_ids) + len(chosen_ids) + len(rejected_ids)
     assert row == {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids, "row": 0}
 
 
@@ -211,6 +212,7 @@ def test_template_arguments():
 )
 def test_truncation_keeps_the_start(max_length, chosen, rejected):
     row = tokenize_pairs(pair("ccc", "acac", "b"), letters(), max_length=max_length)[0]
+    assert row.pop("length") == 3 + len(chosen) + len(rejected)
     assert row == {"prompt_ids": [C, C, C], "chosen_ids": chosen, "rejected_ids": rejected, "row": 0}
 
 
@@ -262,7 +264,7 @@ def test_pair_columns_are_kept_as_float64_and_others_dropped():
     dataset = standard().add_column("neg_log_dispersion", [0, 1, 2]).add_column("agreement", [1.0, 0.6, 0.75])
     dataset = dataset.add_column("source", ["x", "y", "z"]).add_column("images", [[b"0"]] * 3)
     result = tokenize_pairs(dataset, letters())
-    assert set(result.column_names) == {*TOKEN_COLUMNS, "row", *PAIR_COLUMNS}
+    assert set(result.column_names) == {*TOKEN_COLUMNS, "length", "row", *PAIR_COLUMNS}
     assert all(result.features[name] == datasets.Value("float64") for name in PAIR_COLUMNS)
     assert result["neg_log_dispersion"][:] == [0.0, 1.0, 2.0]
     assert result["agreement"][:] == [1.0, 0.6, 0.75]

@@ -271,3 +271,19 @@ def test_both_models_must_be_able_to(tmp_path):
         tiny_trainer(tmp_path, ref_model=tiny_model("mistral", sliding_window=16), share_prompt=True)
     with pytest.raises(ValueError, match="share_prompt packs batches without padding; leave pad_to_multiple_of out"):
         tiny_trainer(tmp_path, share_prompt=True, pad_to_multiple_of=8)
+
+
+def test_lengths_can_be_bucketed(tmp_path):
+    """The samplers of transformers group by the tokens of prompt, chosen and rejected together."""
+
+    def lengths(strategy):
+        options = {"rows": 80, "per_device_train_batch_size": 4, "train_sampling_strategy": strategy}
+        batches = tiny_trainer(tmp_path, **options).get_train_dataloader()
+        return [[n + sum(responses) for n, responses in batch["segments"]] for batch in batches]
+
+    def spread(strategy):
+        return sum(max(batch) - min(batch) for batch in lengths(strategy))
+
+    assert spread("group_by_length") < 0.3 * spread("random")
+    sums = [sum(batch) for batch in lengths("batch_rebalance")]
+    assert len(sums) == 20 and sum(sums) == sum(map(sum, lengths("random")))

@@ -20,7 +20,7 @@ PAIR_COLUMNS = ("neg_log_dispersion", "agreement")  # one number a pair, which i
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "ref_chosen_entropy", "ref_rejected_entropy")
 
 _PROMPT_TOO_LONG, _EMPTY_COMPLETION = "prompt too long", "empty completion"
-_REVISION = 1  # raise when the tokens change: the `datasets` cache knows _tokenize_pair by its name, not by its code
+_REVISION = 2  # raise when the tokens change: the `datasets` cache knows _tokenize_pair by its name, not by its code
 
 
 def tokenize_pairs(
@@ -65,7 +65,8 @@ def tokenize_pairs(
 
     Returns:
         A data set with `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int32; the last two are completion tokens
-        only), `row` (the pair's row in `dataset`) and the kept columns, in the order of the input.
+        only), `length` (tokens of the three together, by which a sampler may group), `row` (the pair's row in
+        `dataset`) and the kept columns, in the order of the input.
 
     Raises:
         TypeError: `dataset` is no `datasets.Dataset`, or a row holds neither text nor messages.
@@ -77,7 +78,7 @@ def tokenize_pairs(
         raise ValueError(f"max_length must be None or an int of at least 2, got {max_length!r}")
     limit = sys.maxsize if max_length is None else max_length
     features = {name: List(Value("int32")) for name in TOKEN_COLUMNS}
-    features |= {"row": Value("int64"), "dropped": Value("string")}
+    features |= {"length": Value("int32"), "row": Value("int64"), "dropped": Value("string")}
     features |= {name: Value("float64") for name in PAIR_COLUMNS if name in columns}
     pairs = dataset.with_format(None).select_columns(columns)
     tokenized = pairs.map(
@@ -160,10 +161,12 @@ def _tokenize_pair(
         dropped = _PROMPT_TOO_LONG
     elif prompt_length + min(map(len, completions)) <= max(prompt_length, 1):  # token 0 has no prediction
         dropped = _EMPTY_COMPLETION
+    chosen, rejected = (completion[: max_length - prompt_length] for completion in completions)
     return {
         "prompt_ids": sequences[0][:prompt_length],
-        "chosen_ids": completions[0][: max_length - prompt_length],
-        "rejected_ids": completions[1][: max_length - prompt_length],
+        "chosen_ids": chosen,
+        "rejected_ids": rejected,
+        "length": prompt_length + len(chosen) + len(rejected),
         **{name: _checked_number(name, row[name], index) for name in PAIR_COLUMNS if name in row},
         "row": index,
         "dropped": dropped,
