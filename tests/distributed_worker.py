@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from mallowspo.collator import PreferenceCollator
 from mallowspo.data import tokenize_pairs
-from mallowspo.modeling import attach_token_stats, sequence_stats
+from mallowspo.modeling import add_adapter, attach_token_stats, sequence_stats
 
 # Sizes that do not divide by two: the eval sets and, in "odd", the train set, whose pass must still keep its order.
 RUNS = {
@@ -85,26 +85,33 @@ def run(folder):
         torch.save(facts, folder / f"{name}.{trainer.accelerator.process_index}.pt")
 
 
-def sharded(folder):
-    """Gradients of a model that FSDP2 shards over the ranks, its head apart from the rest, each rank with a pair.
+def sharded(folder, adapter):
+    """Gradients of a model that FSDP2 shards over the ranks, its head's weights apart from the rest and one another
+    (as peft's wrapping policy has it), each rank with a pair.
 
     In one process, what FSDP must give: the mean of the gradients of the two pairs.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    model = tiny_model()
+    model = base = tiny_model()
+    if adapter:
+        torch.manual_seed(0)
+        model = add_adapter(base, lora(target_modules=["q_proj", "lm_head"], init_lora_weights=False))
     attach_token_stats(model)
     if world > 1:
         mesh = init_device_mesh("cpu", (world,))
-        for module in (*model.model.layers, model.model, model.lm_head, model):
+        owners = [module for module in base.lm_head.modules() if list(module.parameters(recurse=False))]
+        for module in (*base.model.layers, base.model, *owners, model):
             fully_shard(module, mesh=mesh)
     pairs = tokenize_pairs(tiny_pairs(2), tiny_tokenizer())
     for row in [rank] if world > 1 else [0, 1]:
         logps, entropy = sequence_stats(model, PreferenceCollator(pad_token_id=0)([pairs[row]]))
         ((entropy.sum() - logps.sum()) * world / 2).backward()
-    gradients = {n: p.grad.full_tensor() if world > 1 else p.grad for n, p in model.named_parameters()}
-    torch.save(gradients, folder / f"sharded.{rank}.pt")
+    trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    gradients = {n: grad.full_tensor() if world > 1 else grad for n, grad in trained.items()}
+    torch.save(gradients, folder / f"{'sharded adapter' if adapter else 'sharded'}.{rank}.pt")
 
 
 if __name__ == "__main__":
     run(Path(sys.argv[1]))
-    sharded(Path(sys.argv[1]))
+    for adapter in (False, True):
+        sharded(Path(sys.argv[1]), adapter)

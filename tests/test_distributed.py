@@ -35,7 +35,8 @@ def results(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     distributed_worker.run(alone)
-    distributed_worker.sharded(alone)
+    for adapter in (False, True):
+        distributed_worker.sharded(alone, adapter)
     torch.set_num_threads(threads)
 
     def load(path):
@@ -43,7 +44,7 @@ def results(tmp_path_factory):
 
     return {
         name: (load(alone / f"{name}.0.pt"), *(load(together / f"{name}.{rank}.pt") for rank in range(2)))
-        for name in (*distributed_worker.RUNS, "sharded")
+        for name in (*distributed_worker.RUNS, "sharded", "sharded adapter")
     }
 
 
@@ -132,9 +133,10 @@ def test_runs_cover_what_they_claim(results):
     assert not results["copy"][0]["columns"] and not results["adapter"][0]["columns"]
 
 
-def test_fsdp_sees_the_head(results):
+@pytest.mark.parametrize("name", ["sharded", "sharded adapter"])
+def test_fsdp_sees_the_head(results, name):
     """The head's weight is whole only inside its own forward: reading it anywhere else would find a shard."""
-    alone, *ranks = results["sharded"]
+    alone, *ranks = results[name]
     assert min(gradient.abs().max() for gradient in alone.values()) > 1e-3
     for rank in ranks:
         close(rank, alone)

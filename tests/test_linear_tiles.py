@@ -69,6 +69,35 @@ def test_every_way_in_float64(trained, columns, chunk_tokens, outputs):
             torch.testing.assert_close(one, two, rtol=1e-13, atol=1e-13)
 
 
+LOW_RANK = (["down"], ["up"], ["hidden", "down"], ["hidden", "down", "up"], ["hidden", "weight", "down", "up", "bias"])
+
+
+@pytest.mark.parametrize("trained", LOW_RANK, ids="+".join)
+@pytest.mark.parametrize("columns", [7, V])
+@pytest.mark.parametrize("chunk_tokens", [4, N])
+def test_a_low_rank_change_in_float64(trained, columns, chunk_tokens):
+    """It is a wider hidden and a wider weight."""
+    tensors, labels, grads = head()
+    generator = torch.Generator().manual_seed(1)
+    for name, rows in (("down", N), ("up", V)):
+        tensors[name] = torch.randn(rows, 2, generator=generator, dtype=torch.float64)
+    for options in OPTIONS:
+        results = []
+        for whole_logits in (False, True):
+            leaves = {name: x.clone().requires_grad_(name in trained) for name, x in tensors.items()}
+            hidden, weight, bias, down, up = leaves.values()
+            if whole_logits:
+                stats = whole(torch.cat([hidden, down], 1), torch.cat([weight, up], 1), labels, bias=bias, **options)
+            else:
+                cut = tiles(columns, chunk_tokens, softcap=options.get("softcap"))
+                stats = F.linear_token_stats(hidden, weight, labels, bias=bias, low_rank=(down, up), **options, **cut)
+            torch.autograd.backward(tuple(stats), list(grads))
+            results.append([*stats, *(leaves[name].grad for name in trained)])
+            assert all(leaf.grad is None for name, leaf in leaves.items() if name not in trained)
+        for one, two in zip(*results, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("trained", [["hidden"], ["hidden", "weight", "bias"]], ids="+".join)
 @pytest.mark.parametrize("columns", [5, V])

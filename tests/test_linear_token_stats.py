@@ -204,6 +204,19 @@ def test_products_and_gradients(trained, budget, forward, backward):
         assert (leaf.grad is not None) == (name in trained)
 
 
+@pytest.mark.parametrize(("budget", "backward"), [(None, 1), (1000, 2)])
+def test_a_low_rank_change_costs_no_product_for_the_frozen_weight(budget, backward):
+    hidden, weight, _, labels, (grad, _) = head_inputs(torch.float32)
+    down, up = torch.randn(N, D // 2, requires_grad=True), torch.randn(V, D // 2, requires_grad=True)
+    options = {} if budget is None else {"memory_budget": budget}
+    results = []
+    run = lambda: results.append(  # noqa: E731
+        F.linear_token_stats(hidden, weight.detach(), labels, low_rank=(down, up), **options)
+    )
+    assert products(run) == 1 + 1 / 2
+    assert products(lambda: results[0].logps.backward(grad)) == backward * (1 + 1 / 2) + 1 / 2
+
+
 def test_no_gradient_is_prepared_without_grad_mode():
     hidden, weight, _, labels, _ = head_inputs(torch.float32)
     weight.requires_grad_(False)

@@ -93,7 +93,7 @@ def tiny_trainer(output_dir, model=None, rows=6, train_dataset=None, seed=0, **o
     )
 
 
-def plain_stats(model, rows):
+def plain_stats(model, rows, dtype=torch.float32):
     """Summed log-probability and mean entropy of each row's completion from the whole logits, row by row: [2B] each.
 
     The definition: nothing here is shared with the code under test.
@@ -102,7 +102,7 @@ def plain_stats(model, rows):
     for side in ("chosen_ids", "rejected_ids"):
         for row in rows:
             ids = torch.tensor([row["prompt_ids"] + row[side]])
-            log_p = nnf.log_softmax(model(input_ids=ids).logits[0].float(), -1)
+            log_p = nnf.log_softmax(model(input_ids=ids).logits[0].to(dtype), -1)
             first = max(len(row["prompt_ids"]), 1)
             scored = range(first, ids.shape[1])
             logps.append(sum(log_p[t - 1, ids[0, t]] for t in scored))
@@ -123,7 +123,7 @@ def train_logs(trainer):
 def lora(**options):
     """A LoRA configuration; skips the test where peft is missing."""
     peft = pytest.importorskip("peft")
-    return peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+    return peft.LoraConfig(r=2, task_type="CAUSAL_LM", **{"target_modules": ["q_proj", "v_proj"]} | options)
 
 
 def cache_files(folder):

@@ -102,6 +102,7 @@ def linear_token_stats(
     labels,
     *,
     bias=None,
+    low_rank=None,
     ignore_index=-100,
     temperature=1.0,
     softcap=None,
@@ -111,11 +112,13 @@ def linear_token_stats(
     """:func:`token_stats` of ``hidden @ weight.T + bias``, without holding more logits than a budget.
 
     Args:
-        hidden: [..., D], float32, float64, bfloat16 or float16. Under autocast, hidden, weight and bias are cast to
-            its dtype, as in ``torch.nn.functional.linear``.
+        hidden: [..., D], float32, float64, bfloat16 or float16. Under autocast, hidden and the head's tensors are cast
+            to its dtype, as in ``torch.nn.functional.linear``.
         weight: [V, D], same dtype as hidden.
         labels: [...], int64.
         bias: [V] or None.
+        low_rank: (down [..., r], up [V, r]) adds ``down @ up.T`` to the logits, or None. LoRA on the head is
+            ``down = scaling * hidden @ A.T``, ``up = B``; a frozen weight then costs no gradient of its size.
         ignore_index: label of the tokens to leave out; their results and gradients are 0. On the CPU they cost
             nothing; on CUDA, and under torch.compile, they are multiplied as well: leave them out of hidden there.
         temperature: divides the (capped) logits, > 0.
@@ -125,8 +128,8 @@ def linear_token_stats(
             whole are kept for the backward instead of computed again.
 
     Returns:
-        TokenStats(logps, entropy), both [...], float32 (float64 for float64 inputs), differentiable in hidden, weight
-        and bias; the weight's gradient is accumulated in float32.
+        TokenStats(logps, entropy), both [...], float32 (float64 for float64 inputs), differentiable in hidden, weight,
+        bias and low_rank; the weight's gradient is accumulated in float32.
 
     Raises:
         TypeError, ValueError, IndexError: as :func:`token_stats`.
@@ -134,11 +137,16 @@ def linear_token_stats(
     _check_tensor("hidden", hidden, DTYPES)
     _check_tensor("weight", weight, DTYPES)
     _check_tensor("labels", labels, (torch.int64,))
-    if bias is not None:
-        _check_tensor("bias", bias, DTYPES)
+    down, up = (None, None) if low_rank is None else low_rank
+    optional = {"bias": bias, "down": down, "up": up}
+    for name, tensor in optional.items():
+        if tensor is not None or (name != "bias" and low_rank is not None):
+            _check_tensor(name, tensor, DTYPES)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        optional = {name: None if x is None else x.to(dtype) for name, x in optional.items()}
+    bias, down, up = optional.values()
     if weight.dim() != 2 or weight.shape[0] == 0 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be [..., D] and weight [V, D] with V >= 1, got {list(hidden.shape)} and {list(weight.shape)}"
@@ -148,11 +156,16 @@ def linear_token_stats(
             f"labels must have the shape of hidden without its last dimension, {list(hidden.shape[:-1])}, "
             f"got {list(labels.shape)}"
         )
-    tensors = {"hidden": hidden, "weight": weight}
-    if bias is not None:
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
-        tensors["bias"] = bias
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
+    if low_rank is not None and (
+        up.dim() != 2 or len(up) != len(weight) or list(down.shape) != [*labels.shape, up.shape[1]]
+    ):
+        raise ValueError(
+            f"low_rank must be (down [..., r], up [V, r]) beside hidden {list(hidden.shape)} and weight "
+            f"{list(weight.shape)}, got {list(down.shape)} and {list(up.shape)}"
+        )
+    tensors = {"hidden": hidden, "weight": weight} | {name: x for name, x in optional.items() if x is not None}
     _check_same_dtype(**tensors)
     _check_same_device(**tensors, labels=labels)
     _check_positive("temperature", temperature)
@@ -161,8 +174,9 @@ def linear_token_stats(
     for name, value in (("chunk_tokens", chunk_tokens), ("memory_budget", memory_budget)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    hidden, down = (None if x is None else x.reshape(-1, x.shape[-1]) for x in (hidden, down))
     flat = LinearTokenStatsFunction.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1),
+        hidden, weight, down, up, bias, labels.reshape(-1),
         ignore_index, float(temperature), softcap, chunk_tokens, memory_budget, torch.is_grad_enabled(),
     )  # fmt: skip
     return TokenStats(*(stat.reshape(labels.shape) for stat in flat))

@@ -5,7 +5,6 @@ The model's own ``forward`` and its head's own ``forward`` learn one more way to
 the hidden states of the positions that predict a completion token reach the head.
 """
 
-import types
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from mallowspo import functional as F
 from mallowspo.attention import ATTENTION, packed_inputs
 from mallowspo.collator import pack, pad
+from mallowspo.heads import head_modules, knows, learn
 
 # What a causal LM may do to its logits after the head, by the name of its config field.
 _SOFTCAP = "final_logit_softcapping"
@@ -41,7 +41,7 @@ def attach_token_stats(model):
     refused instead of trained wrongly. Attaching twice is harmless. Of a ``PeftModel`` it is the base that is taught.
 
     Raises:
-        TypeError: the head is not a plain ``nn.Linear`` (LoRA on the head, for one), or a forward was replaced.
+        TypeError: the head is not one that :mod:`mallowspo.heads` knows, or a forward was replaced.
         ValueError: the statistics disagree with the model's logits, or the model adds a loss of its own or an adapter
             that moves the positions.
     """
@@ -50,15 +50,13 @@ def attach_token_stats(model):
             raise ValueError("prompt learning changes the positions that are scored; use LoRA or another adapter")
         model = model.get_base_model()
     head = model.get_output_embeddings()
-    if getattr(getattr(head, "forward", None), "__func__", None) is _head_forward:
+    lessons = [(module, forward) for module, forward in head_modules(head) if not knows(module, forward)]
+    if not lessons:
         return
-    if type(head) is not nn.Linear:
-        raise TypeError(
-            f"the output head is a {type(head).__name__}, not a plain nn.Linear; "
-            "adapters on the head are not supported: leave it out of target_modules and modules_to_save"
-        )
-    for module in (model, head):
-        if getattr(module.forward, "__func__", None) is not type(module).forward:
+    if not knows(model, _model_forward):
+        lessons.append((model, _model_forward))
+    for module, _ in lessons:
+        if not knows(module, type(module).forward):
             raise TypeError(
                 f"the forward of this {type(module).__name__} was replaced, by a patch or by a device_map over "
                 "several devices; load the model unpatched and on one device"
@@ -68,24 +66,25 @@ def attach_token_stats(model):
         raise ValueError(
             "output_router_logits adds a router loss that the preference loss leaves out: set it to False"
         )
-    head.mallowspo_settings = {
+    settings = {
         "softcap": getattr(config, _SOFTCAP, None),
         "temperature": (getattr(config, _DIVISOR, None) or 1.0) / (getattr(config, _MULTIPLIER, None) or 1.0),
     }
-    # Bound methods, not closures: deepcopy rebinds them to the copy, and accelerate can wrap and unwrap them.
-    model.forward = types.MethodType(_model_forward, model)
-    head.forward = types.MethodType(_head_forward, head)
+    for module, forward in lessons:
+        learn(module, forward, settings)
     try:
         _compare_with_logits(model)
     except Exception:
-        del model.forward, head.forward
+        for module, _ in lessons:
+            del module.forward
         raise
 
 
 def _model_forward(self, *args, target_index=None, target_ids=None, **kwargs):
     if target_ids is None:
         return type(self).forward(self, *args, **kwargs)
-    return self.get_output_embeddings()(_hidden_states(self, target_index, *args, **kwargs), target_ids)
+    hidden = _hidden_states(self, target_index, *args, **kwargs)
+    return self.get_output_embeddings()(hidden, target_ids=target_ids)
 
 
 def _hidden_states(model, target_index, *args, segments=None, **kwargs):
@@ -97,14 +96,8 @@ def _hidden_states(model, target_index, *args, segments=None, **kwargs):
     return output.last_hidden_state.flatten(0, 1)[target_index]
 
 
-def _head_forward(self, hidden, target_ids=None):
-    if target_ids is None:
-        return type(self).forward(self, hidden)
-    return F.linear_token_stats(hidden, self.weight, target_ids, bias=self.bias, **self.mallowspo_settings)
-
-
 # Pickle looks a bound method up by this name: a model that comes back from one has its class's own forward.
-_model_forward.__name__ = _head_forward.__name__ = "forward"
+_model_forward.__name__ = "forward"
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ class MallowsTrainer(Trainer):
     PEFT model the model itself with its adapter off; a frozen copy of the model as it is now.
 
     Args:
-        model: a ``PreTrainedModel`` with a plain linear head, a ``PeftModel`` of one, or a name or folder to load.
+        model: a ``PreTrainedModel`` with a linear head, a ``PeftModel`` of one, or a name or folder to load.
         ref_model: the reference, a ``PreTrainedModel``, name or folder; not the same object as model.
         args: MallowsConfig; default: one with output_dir "<model>-<loss_type>".
         train_dataset, eval_dataset: ``datasets.Dataset`` in one of TRL's preference formats (see
