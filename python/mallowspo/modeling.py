@@ -105,7 +105,7 @@ def _compare_with_logits(model):
     if not _has_weights(model):
         return  # before it is wrapped (FSDP, ZeRO-3); a rank that has them compares
     length = 8
-    ids = torch.arange(1, length + 1, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    ids = torch.arange(1, length + 1, device=model.device)[None] % len(model.get_input_embeddings().weight)
     mask = torch.ones_like(ids)
     index = torch.arange(length - 1, device=ids.device)
     with evaluating(model):
@@ -167,7 +167,7 @@ def share_prompts(model, longest):
 @torch.no_grad()
 def _packed_difference(model):
     """Largest relative difference that packing makes to the hidden state of a scored position, and what may be."""
-    ids = (torch.arange(32) % model.get_input_embeddings().num_embeddings).split([5, 3, 6, 2, 4, 12])
+    ids = (torch.arange(32) % len(model.get_input_embeddings().weight)).split([5, 3, 6, 2, 4, 12])
     prompt, *pair, other_prompt, one, two = (part.tolist() for part in ids)
     prompts, responses = (prompt, other_prompt), (pair, (one, two))
     with evaluating(model):
