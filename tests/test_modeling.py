@@ -108,6 +108,8 @@ def test_every_other_call_is_the_models_own(model, tmp_path):
         assert torch.equal(found.logits, expected.logits) and (found.loss == expected.loss or "labels" not in kwargs)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(IDS[:1], **options), plain.generate(IDS[:1], **options))
+    padded = {"input_ids": IDS.flip(1), "attention_mask": (IDS != 0).long().flip(1)}  # on the left: positions count
+    assert torch.equal(model.generate(**padded, **options), plain.generate(**padded, **options))
     assert model.state_dict().keys() == plain.state_dict().keys()
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)

@@ -5,6 +5,8 @@ The model's own ``forward`` and its head's own ``forward`` learn one more way to
 the hidden states of the positions that predict a completion token reach the head.
 """
 
+import functools
+import inspect
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -53,8 +55,8 @@ def attach_token_stats(model):
     lessons = [(module, forward) for module, forward in head_modules(head) if not knows(module, forward)]
     if not lessons:
         return
-    if not knows(model, _model_forward):
-        lessons.append((model, _model_forward))
+    if not knows(model, _forward_of(type(model))):
+        lessons.append((model, _forward_of(type(model))))
     for module, _ in lessons:
         if not knows(module, type(module).forward):
             raise TypeError(
@@ -80,6 +82,17 @@ def attach_token_stats(model):
         raise
 
 
+@functools.cache
+def _forward_of(model_class):
+    """:func:`_model_forward` with the class's own signature, where ``generate`` reads whether to pass positions."""
+
+    def forward(self, *args, **kwargs):  # pickle looks it up by this name: what comes back has the class's own
+        return _model_forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(model_class.forward)
+    return forward
+
+
 def _model_forward(self, *args, target_index=None, target_ids=None, **kwargs):
     if target_ids is None:
         return type(self).forward(self, *args, **kwargs)
@@ -94,10 +107,6 @@ def _hidden_states(model, target_index, *args, segments=None, **kwargs):
         inputs |= packed_inputs(model.config.get_text_config(), inputs["input_ids"], segments)
     output = model.get_decoder()(*args, **{**inputs, "use_cache": False})
     return output.last_hidden_state.flatten(0, 1)[target_index]
-
-
-# Pickle looks a bound method up by this name: a model that comes back from one has its class's own forward.
-_model_forward.__name__ = "forward"
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, Trainer
+from transformers import AutoTokenizer, Trainer, set_seed
 from transformers.utils import logging
 
 from mallowspo import _C
@@ -82,6 +82,7 @@ class MallowsTrainer(Trainer):
     ):
         if not isinstance(args, MallowsConfig | None):
             raise TypeError(f"args must be a MallowsConfig, got {type(args).__name__}")
+        set_seed((args or MallowsConfig).seed)  # weights that a checkpoint lacks and an adapter's are drawn at random
         model, ref_model = (m and load_model(m, args and args.model_init_kwargs) for m in (model, ref_model))
         name = model.config._name_or_path
         args = args or MallowsConfig(output_dir=f"{Path(name).name or 'model'}-{MallowsConfig.loss_type}")
