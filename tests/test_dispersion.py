@@ -276,7 +276,7 @@ class FullDisk(io.FileIO):
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, call):
     if call == "write":
-        monkeypatch.setattr("mallowspo.dispersion.open", FullDisk, raising=False)
+        monkeypatch.setattr("mallowspo.files.open", FullDisk, raising=False)
     else:
         monkeypatch.setattr(os, call, full_disk)
     path = tmp_path / "cache" / "abc.safetensors"

@@ -9,7 +9,6 @@ a = -log phi >= 0 throughout. Three sources, all before the scale:
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from mallowspo import functional as F
+from mallowspo.files import write_whole
 
 # An agreement of 1 would mean a = infinity; a panel cannot tell more than this anyway.
 AGREEMENT_CEILING = 0.99
@@ -95,7 +95,9 @@ def fingerprint(model, dataset, settings, *, with_adapter=False):
     tensors = {}
     for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
         if not (adapter and (adapter in name or ".modules_to_save." in name)):
-            tensors[name.replace(".base_layer", "").replace(".original_module", "")] = tensor
+            tensors[name := name.replace(".base_layer", "").replace(".original_module", "")] = tensor
+            if hasattr(tensor, "quant_state"):  # bitsandbytes keeps the scales of a 4-bit weight beside it
+                tensors |= {f"{name}.{part}": t for part, t in tensor.quant_state.as_dict(packed=True).items()}
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -116,20 +118,9 @@ def save_cache(path, columns, key):
     Raises:
         OSError: it could not be written (disk full, no permission); nothing is left behind.
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     data = save(columns, metadata={"fingerprint": key, "checksum": _checksum(columns)})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_whole(path, data)
     except OSError as error:
         raise OSError(
             error.errno,

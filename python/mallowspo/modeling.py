@@ -217,11 +217,21 @@ def load_model(model, init_kwargs=None):
     as small as preference tuning's.
     """
     if not isinstance(model, str | Path):
-        return unprepared(model)
+        return _passing_gradients(unprepared(model))
     kwargs = init_kwargs or {}
     if not {"dtype", "torch_dtype"} & kwargs.keys():
         kwargs = kwargs | {"dtype": torch.float32}
-    return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    return _passing_gradients(AutoModelForCausalLM.from_pretrained(model, **kwargs))
+
+
+def _passing_gradients(model):
+    """The model, whose 4-bit layers bitsandbytes must not repack: on some CPUs it does in the first evaluation, and
+    from then on no gradient passes them."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            module.state_dict()  # undoes it where it has happened
+    return model
 
 
 def unprepared(model):
