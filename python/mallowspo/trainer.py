@@ -25,6 +25,7 @@ from mallowspo.dispersion import (
     save_cache,
 )
 from mallowspo.metrics import Means, pair_metrics
+from mallowspo.model_card import WritesModelCard
 from mallowspo.modeling import (
     SequenceStats,
     add_adapter,
@@ -41,7 +42,7 @@ from mallowspo.modeling import (
 logger = logging.get_logger(__name__)
 
 
-class MallowsTrainer(Trainer):
+class MallowsTrainer(WritesModelCard, Trainer):
     """Fine-tunes a causal language model on preference pairs.
 
     Where the reference log-probabilities and entropies come from, in this order: the cache of one pass before training

@@ -1,0 +1,246 @@
+"""The card of a trained model: method, dispersion, data, settings and versions, as README.md beside its weights."""
+
+import json
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from mallowspo import _C
+
+# Under these names PEFT looks for its own line, to add it where it is missing.
+_PACKAGES = {
+    "PEFT": "peft",
+    "Transformers": "transformers",
+    "PyTorch": "torch",
+    "Datasets": "datasets",
+    "Accelerate": "accelerate",
+    "bitsandbytes": "bitsandbytes",
+}
+_SETTINGS = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "num_train_epochs", "max_steps"),
+    *("max_length", "disable_dropout", "gradient_checkpointing", "bf16", "fp16", "seed"),
+)
+_CLOCK = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+_CITATION = """## Citation
+
+```bibtex
+@inproceedings{chen2025mallowspo,
+  title     = {{MallowsPO}: Fine-Tune Your {LLM} with Preference Dispersions},
+  author    = {Chen, Haoxian and Zhao, Hanyang and Lam, Henry and Yao, David and Tang, Wenpin},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025},
+  note      = {arXiv:2405.14953}
+}
+```
+"""
+
+
+class WritesModelCard:
+    """For a trainer: a card beside every model it saves or pushes."""
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None, *, license=None, language=None):
+        """Writes README.md into ``args.output_dir``, on the first rank.
+
+        ``save_model``, every checkpoint and ``push_to_hub`` do it too; ``push_to_hub`` hands on these arguments.
+
+        Args:
+            model_name: the heading; default: the last part of the hub name or of output_dir.
+            dataset_name: the hub name of the training data; default: not in the metadata.
+            tags: a tag or several, besides ours.
+            license, language: as in ``huggingface_hub.ModelCardData``.
+        """
+        if self.is_world_process_zero():
+            card = model_card(self, model_name, dataset_name, tags, license=license, language=language)
+            card.save(Path(self.args.output_dir) / "README.md")
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # over the card that PEFT leaves there
+            model_card(self).save(Path(output_dir or self.args.output_dir) / "README.md")
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        self.create_model_card()  # what is pushed is output_dir, and a checkpoint's card is in its own folder
+        super()._push_from_checkpoint(checkpoint_folder)
+
+
+def model_card(trainer, model_name=None, dataset_name=None, tags=None, **metadata):
+    """``huggingface_hub.ModelCard`` of the trainer's model as it is now; arguments as in ``create_model_card``."""
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    model_name = model_name or (trainer.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1]
+    adapter = model.active_peft_config if trainer._is_peft else None
+    base = model.config._name_or_path
+    on_hub = base and not Path(base).is_dir()
+    metrics = _evaluation(trainer)
+    tags = [tags] if isinstance(tags, str) else tags or []
+    data = ModelCardData(
+        base_model=base if on_hub else None,
+        datasets=[dataset_name] if dataset_name else None,
+        library_name="transformers" if adapter is None else "peft",
+        pipeline_tag="text-generation",
+        tags=["generated_from_trainer", "mallowspo", args.loss_type, *_adapter_tags(adapter, on_hub and base), *tags],
+        model_name=model_name,
+        eval_results=_eval_results(metrics, dataset_name),
+        **{name: value for name, value in metadata.items() if value is not None},
+    )
+    origin = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{_public(base) or model.config.model_type}`"
+    text = f"""# {model_name}
+
+Fine-tuned from {origin} on preference pairs with mallowspo, method `{args.loss_type}`.
+
+## Quick start
+
+{_quick_start(trainer, model_name)}
+
+## Training procedure
+
+### Objective
+
+{markdown_table(("field", "value"), asdict(trainer.objective).items())}
+
+{_dispersion(trainer)}
+
+Reference: {_reference(trainer)}.
+
+### Data
+
+{markdown_table(("set", "name", "pairs", "pairs used", "fingerprint"), _data(trainer, dataset_name))}
+
+### Settings
+
+{markdown_table(("argument", "value"), _settings(trainer, model, adapter))}
+
+## Evaluation
+
+{markdown_table(("metric", "value"), metrics.items()) if metrics else "These weights were not evaluated."}
+
+### Framework versions
+
+- mallowspo {_C.build["version"]}
+{_versions()}
+
+{_CITATION if trainer.objective.uses_dispersion else ""}"""
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.rstrip()}\n")
+
+
+def markdown_table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    cells = ([str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _public(name):
+    """A model's name without the folders it lies in: the card is for others."""
+    return Path(name).name if Path(name).is_dir() else name
+
+
+def _adapter_tags(adapter, base):
+    """As PEFT's own; by the second one the hub finds the adapters of a model."""
+    if adapter is None:
+        return []
+    return [adapter.peft_type.value.lower(), *([f"base_model:adapter:{base}"] if base else [])]
+
+
+def _quick_start(trainer, model_name):
+    question = "What is a GPU?"
+    if trainer.processing_class.chat_template is not None:
+        question = [{"role": "user", "content": question}]
+    return f"""```python
+from transformers import pipeline
+
+generator = pipeline("text-generation", model={json.dumps(trainer.hub_model_id or model_name)})
+print(generator({json.dumps(question)}, max_new_tokens=64, return_full_text=False)[0]["generated_text"])
+```"""
+
+
+def _dispersion(trainer):
+    if not trainer.objective.uses_dispersion:
+        return "Dispersion: the method uses none."
+    source = {
+        "entropy": "the token entropies of the reference model",
+        "agreement": "the column `agreement`, the share of annotators who chose the chosen response",
+        "neg_log_dispersion": "the column `neg_log_dispersion`",
+    }[trainer._source]
+    calibrated = trainer.args.dispersion_scale == "auto" and trainer._source == "entropy"
+    how = ", calibrated on the training set" if calibrated else ""
+    return f"Dispersion: from {source}; dispersion scale phi_star = {trainer.dispersion_scale:.6g}{how}."
+
+
+def _reference(trainer):
+    if trainer.objective.reference_free and trainer._source != "entropy":
+        return "none"
+    if trainer.ref_model is not None and trainer.ref_model.config._name_or_path:
+        return f"`{_public(trainer.ref_model.config._name_or_path)}`"
+    return "the model with its adapter off" if trainer._is_peft else "the model as it was before training"
+
+
+def _data(trainer, dataset_name):
+    evals = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
+    for name, data in {"train": trainer.train_dataset, **evals}.items():
+        if id(data) in trainer._prepared_sets:
+            source = dataset_name or data.info.dataset_name or "not named"
+            yield name, source, len(data), len(trainer._prepared(data)), data._fingerprint
+
+
+def _settings(trainer, model, adapter):
+    args = trainer.args
+    for name in _SETTINGS:
+        value = getattr(args, name)
+        yield name, getattr(value, "value", value)
+    yield "steps done", trainer.state.global_step
+    yield "pairs per step", args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    trained = (p for p in model.parameters() if p.requires_grad)
+    yield "parameters trained", sum(getattr(p, "ds_numel", p.numel()) for p in trained)  # ds_numel: under ZeRO-3
+    if adapter is not None:
+        fields = {name: getattr(adapter, name, None) for name in ("r", "lora_alpha", "lora_dropout")}
+        yield (
+            "adapter",
+            ", ".join([adapter.peft_type.value, *(f"{k} {v}" for k, v in fields.items() if v is not None)]),
+        )
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization is not None:
+        facts = {name: value for name, value in quantization.to_diff_dict().items() if not name.startswith("_")}
+        yield "quantization", json.dumps(facts, sort_keys=True, default=str)
+
+
+def _evaluation(trainer):
+    """The metrics logged for the weights as they are now; {} where there are none."""
+    state = trainer.state
+    step = state.global_step
+    if trainer.args.load_best_model_at_end and not trainer.is_in_train and state.best_global_step:
+        step = state.best_global_step  # its weights were loaded
+    logged = {}
+    for entry in state.log_history:
+        if entry["step"] == step:
+            logged |= {name: value for name, value in entry.items() if name.startswith("eval_")}
+    metrics = {name: f"{value:.6g}" for name, value in logged.items() if not name.endswith(_CLOCK)}
+    return {"step": step} | metrics if metrics else {}
+
+
+def _eval_results(metrics, dataset_name):
+    """The accuracies for the hub's own table, which needs the data set's name there; None without one."""
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset_name,
+            dataset_name=dataset_name,
+            metric_type="accuracy",
+            metric_name=name,
+            metric_value=float(value),
+        )
+        for name, value in metrics.items()
+        if name.endswith("rewards/accuracies") and dataset_name
+    ]
+    return results or None
+
+
+def _versions():
+    lines = []
+    for name, package in _PACKAGES.items():
+        try:
+            lines.append(f"- {name} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return "\n".join(lines)
