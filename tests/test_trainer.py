@@ -197,12 +197,14 @@ def test_a_data_set_smaller_than_the_batch(tmp_path, rows, batch):
     assert len(train_logs(trainer)) == 2 * -(-rows // batch) and math.isfinite(trainer.evaluate()["eval_loss"])
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("adapter", [False, True])
-def test_gradient_checkpointing_changes_nothing(tmp_path, adapter):
+def test_gradient_checkpointing_changes_nothing(tmp_path, adapter, reentrant):
     logs = []
     for checkpointing in (False, True):
-        torch.manual_seed(0)
-        options = {"peft_config": lora(init_lora_weights=False)} if adapter else {}
+        options = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}} if checkpointing else {}
+        if adapter:
+            options["peft_config"] = lora(init_lora_weights=False)
         trainer = tiny_trainer(tmp_path, gradient_checkpointing=checkpointing, **options)
         calls = []
         trainer.model.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *a, calls=calls: calls.append(1))
