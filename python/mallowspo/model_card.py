@@ -215,7 +215,8 @@ def _evaluation(trainer):
     for entry in state.log_history:
         if entry["step"] == step:
             logged |= {name: value for name, value in entry.items() if name.startswith("eval_")}
-    metrics = {name: f"{value:.6g}" for name, value in logged.items() if not name.endswith(_CLOCK)}
+    logged = {name: value for name, value in logged.items() if not name.endswith(_CLOCK)}
+    metrics = {n: f"{value:.6g}" if isinstance(value, float) else value for n, value in logged.items()}
     return {"step": step} | metrics if metrics else {}
 
 
