@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset
 from tiny import lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
 
