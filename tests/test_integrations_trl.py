@@ -133,11 +133,11 @@ def test_ipo_is_that_of_trl_up_to_its_scale(tmp_path):
 def mallows(folder, peft=False, data=None, eval_data=None, **options):
     model = tiny_model()
     reference = {} if peft or options["loss_type"] == "simpo" else {"ref_model": tiny_model(seed=1)}
-    torch.manual_seed(42)  # as TRL does before it draws the adapter's weights
     trl_alone = ("bf16", "gradient_checkpointing")
     return tiny_trainer(
         folder,
         model=model,
+        seed=42,  # TRL's default: both draw the adapter's weights after it
         peft_config=lora(init_lora_weights=False) if peft else None,
         train_dataset=tiny_pairs(2 * STEPS) if data is None else data,
         eval_dataset=tiny_pairs(4, seed=1) if eval_data is None else eval_data,

@@ -71,7 +71,7 @@ def model_card(trainer, model_name=None, dataset_name=None, tags=None, **metadat
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     model_name = model_name or (trainer.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1]
     adapter = model.active_peft_config if trainer._is_peft else None
-    base = model.config._name_or_path
+    base = model.config._name_or_path or ""
     on_hub = base and not Path(base).is_dir()
     metrics = _evaluation(trainer)
     tags = [tags] if isinstance(tags, str) else tags or []
@@ -195,13 +195,12 @@ def _settings(trainer, model, adapter):
     yield "parameters trained", sum(getattr(p, "ds_numel", p.numel()) for p in trained)  # ds_numel: under ZeRO-3
     if adapter is not None:
         fields = {name: getattr(adapter, name, None) for name in ("r", "lora_alpha", "lora_dropout")}
-        yield (
-            "adapter",
-            ", ".join([adapter.peft_type.value, *(f"{k} {v}" for k, v in fields.items() if v is not None)]),
-        )
+        known = (f"{name} {value}" for name, value in fields.items() if value is not None)
+        yield "adapter", ", ".join([adapter.peft_type.value, *known])
     quantization = getattr(model.config, "quantization_config", None)
     if quantization is not None:
-        facts = {name: value for name, value in quantization.to_diff_dict().items() if not name.startswith("_")}
+        facts = quantization if isinstance(quantization, dict) else quantization.to_diff_dict()
+        facts = {name: value for name, value in facts.items() if not name.startswith("_")}
         yield "quantization", json.dumps(facts, sort_keys=True, default=str)
 
 
@@ -213,7 +212,7 @@ def _evaluation(trainer):
         step = state.best_global_step  # its weights were loaded
     logged = {}
     for entry in state.log_history:
-        if entry["step"] == step:
+        if entry.get("step") == step:
             logged |= {name: value for name, value in entry.items() if name.startswith("eval_")}
     logged = {name: value for name, value in logged.items() if not name.endswith(_CLOCK)}
     metrics = {n: f"{value:.6g}" if isinstance(value, float) else value for n, value in logged.items()}
