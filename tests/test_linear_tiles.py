@@ -50,10 +50,10 @@ def run(function, tensors, labels, grads, trained, outputs=(0, 1), **options):
 
 
 def tiles(columns, chunk_tokens, dtype=torch.float64, softcap=None):
-    """The options that make tiles of so many columns."""
-    item = dtype.itemsize + (12 if softcap else 0)
-    scratch = linear.SCRATCH * D * (8 if dtype == torch.float64 else 4)
-    return {"memory_budget": chunk_tokens * (columns * item + scratch), "chunk_tokens": chunk_tokens}
+    """The options that make tiles of so many columns, or a few less where that makes them all alike."""
+    total = 8 if dtype == torch.float64 else 4
+    item = dtype.itemsize + (3 * total if softcap else 0)
+    return {"memory_budget": chunk_tokens * (columns * item + 4 * D * total), "chunk_tokens": chunk_tokens}
 
 
 @pytest.mark.parametrize("trained", TRAINED, ids="+".join)
@@ -96,6 +96,54 @@ def test_a_low_rank_change_in_float64(trained, columns, chunk_tokens):
             assert all(leaf.grad is None for name, leaf in leaves.items() if name not in trained)
         for one, two in zip(*results, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-13, atol=1e-13)
+
+
+@pytest.fixture
+def layouts(monkeypatch):
+    """{(chunks, tiles of the vocabulary, of these together how many stay in memory), ...} of the calls so far."""
+    seen, layout = set(), linear._layout
+
+    def recorded(*args):
+        chunks, columns, (slots, _) = layout(*args)
+        seen.add((len(chunks), len(columns), slots))
+        return layout(*args)
+
+    monkeypatch.setattr(linear, "_layout", recorded)
+    return seen
+
+
+@pytest.mark.parametrize("trained", [["weight"], ["hidden", "weight", "bias"]], ids="+".join)
+@pytest.mark.parametrize("chunk_tokens", [3, N])
+@pytest.mark.parametrize("ignores", [True, False])
+def test_any_number_of_tiles_may_stay_in_memory(trained, chunk_tokens, ignores, layouts, monkeypatch):
+    tensors, labels, grads = head()
+    labels = labels if ignores else labels.clamp(min=0)
+    monkeypatch.setattr(linear, "CPU_TILE", 5 * 8 * min(chunk_tokens, int((labels >= 0).sum())))
+    for options in OPTIONS:
+        expected = run(whole, tensors, labels, grads, trained, **options)
+        for budget in (600, 1200, 1600, 2000, 2400, 10**6):
+            cut = {"memory_budget": budget, "chunk_tokens": chunk_tokens}
+            actual = run(F.linear_token_stats, tensors, labels, grads, trained, **options, **cut)
+            for one, two in zip(actual, expected, strict=True):
+                torch.testing.assert_close(one, two, rtol=1e-13, atol=1e-13)
+    some = {slots for chunks, columns, slots in layouts if 1 < slots < chunks * columns}
+    assert len(some) > 1 and any(slots == chunks * columns for chunks, columns, slots in layouts)
+    assert {chunks > 1 for chunks, _, _ in layouts} == {chunk_tokens < N}
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_tiles_in_memory_are_the_ones_computed_again(softcap, layouts, monkeypatch):
+    """To the bit: a second backward computes all of them, the first those that did not stay."""
+    for dtype, budget in ((torch.float32, 800), (torch.bfloat16, 500)):
+        tensors, labels, grads = head(dtype)
+        leaves = [tensors[name].requires_grad_() for name in ("hidden", "weight")]
+        monkeypatch.setattr(linear, "CPU_TILE", 5 * 4 * dtype.itemsize)
+        cut = {"chunk_tokens": 4, "memory_budget": budget + 700 * bool(softcap)}
+        stats = F.linear_token_stats(*leaves, labels, softcap=softcap, **cut)
+        grads = [grad.float() for grad in grads]
+        first, again = (torch.autograd.grad(stats, leaves, grads, retain_graph=True) for _ in range(2))
+        assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    assert all(1 < slots < chunks * columns for chunks, columns, slots in layouts), layouts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

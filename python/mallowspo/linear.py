@@ -7,11 +7,13 @@ finds it in the cache. What each case costs, in products of [N, D] with [D, V]:
 - head frozen: two. The hidden gradient of a token's log-probability is g (W[y] - sum_v p_v W[v]); all but g is known
   in the forward, where a running rescale, as the maximum grows from tile to tile, sums it up without the logits. It is
   kept, [N, D];
-- head trained, logits within the budget: three. The logits are kept and become their own gradient;
-- otherwise four. The tiles are computed again in the backward.
+- head trained: three for the tiles that the budget holds until the backward, where they become their own gradient;
+  four for the others, which are computed again there. A trained low-rank change of a frozen head costs the same less
+  the product for the weight's gradient; its own products cost r/D of one each.
 
-A trained low-rank change of a frozen head is one of the latter two less the product for the weight's gradient; its own
-products cost r/D of one each.
+Not in the budget: what a frozen head keeps, [N, D]; a few numbers a token and an entry of the vocabulary; and, where
+a half-precision hidden gradient is summed over tiles in the backward, that sum, [N, D] in float32, as far as it takes
+more than half of the budget. The weight's gradient is finished tile by tile: its sum over chunks is a tile's size.
 """
 
 import torch
@@ -21,11 +23,8 @@ from mallowspo.autograd import accumulator_dtype, first_order, ops
 # More tokens would not make the products faster: the weight is read once a chunk, 4 KFLOP for each of its elements.
 CHUNK_TOKENS = 2048
 
-# What a chunk works with beside its tile: at most so many arrays [n, D], and [n, r], in the accumulator's dtype.
-SCRATCH = 4
-
 # Bytes of a tile on the CPU, where it should stay in the last level of the cache.
-CPU_TILE = 16 * 2**20
+CPU_TILE = 8 * 2**20
 
 
 class LinearTokenStatsFunction(torch.autograd.Function):
@@ -39,38 +38,39 @@ class LinearTokenStatsFunction(torch.autograd.Function):
     ):  # fmt: skip
         total = accumulator_dtype(hidden.dtype)
         wants_hidden, *wants_head = (grad_enabled and needed for needed in ctx.needs_input_grad[:5])
-        trains_head = any(wants_head)
+        keeps_direction = wants_hidden and not any(wants_head) and softcap is None
+        keeps_logits = (wants_hidden or any(wants_head)) and not keeps_direction
         lefts, rights = _factors(hidden, down), _factors(weight, up)
-        keeps_direction = wants_hidden and not trains_head and softcap is None
-        chunks = _chunks(lefts, labels, ignore_index, chunk_tokens, budget)
+        sizes = chunk_tokens, budget, softcap is not None, wants_head[0] or wants_head[2]
+        chunks, tiles, slots = _layout(lefts, rights, labels, ignore_index, *sizes, keeps_logits)
         stats = hidden.new_zeros(4, len(hidden), dtype=total)
         direction = torch.zeros_like(hidden) if keeps_direction else None
-        kept = None
-        for rows in chunks:
+        held = hidden.new_empty(slots)
+        for i, rows in enumerate(chunks):
             parts, part_labels = [left[rows] for left in lefts], labels[rows]
             part = parts[0]
             state = stats.new_zeros(4, len(part))
             state[0] = torch.finfo(total).min
             summed = torch.zeros_like(part, dtype=total) if keeps_direction else None
-            fits = trains_head and len(chunks) == 1 and _kept_bytes(parts, weight) <= budget
-            for columns, logits in _tiles(parts, rights, bias, softcap, budget, whole=fits):
+            for j, columns in enumerate(tiles):
+                logits = _in_slot(held, j * len(chunks) + i, part, columns)
+                _multiply(parts, rights, bias, columns, logits)
                 before = state[0].clone()
                 ops.token_stats_tile(
-                    state, logits, part_labels, columns.start, len(weight), ignore_index, temperature, keeps_direction
-                )
+                    state, _capped(logits, softcap), part_labels, columns.start, len(weight), ignore_index,
+                    temperature, keeps_direction,
+                )  # fmt: skip
                 if keeps_direction:
                     summed *= torch.exp(before - state[0])[:, None]
                     _add_product(summed, logits, weight[columns])
-                elif fits:
-                    kept = logits
             stats[:, rows] = state
             if keeps_direction:
                 direction[rows] = _direction(summed, state, weight, part_labels, ignore_index, temperature)
         row_max, log_sum, entropy, logps = stats.unbind()
         ctx.save_for_backward(hidden, weight, down, up, bias, labels, entropy, row_max, log_sum, direction)
-        ctx.chunks = chunks
-        ctx.kept_logits = kept
-        ctx.settings = ignore_index, temperature, softcap, budget
+        ctx.layout = chunks, tiles, slots
+        ctx.held = held if keeps_logits else None
+        ctx.settings = ignore_index, temperature, softcap
         ctx.set_materialize_grads(False)
         return logps.clone(), entropy.clone()
 
@@ -78,55 +78,62 @@ class LinearTokenStatsFunction(torch.autograd.Function):
     @first_order
     def backward(ctx, grad_logps, grad_entropy):
         hidden, weight, down, up, bias, labels, entropy, row_max, log_sum, direction = ctx.saved_tensors
-        ignore_index, temperature, softcap, budget = ctx.settings
+        ignore_index, temperature, softcap = ctx.settings
+        chunks, tiles, slots = ctx.layout
         if grad_logps is None and grad_entropy is None:
             return (None,) * 12
         if direction is not None and grad_entropy is None:
             grad_hidden = torch.zeros_like(hidden)
-            for rows in ctx.chunks:  # the products are in the accumulator's dtype
+            for rows in chunks:  # the products are in the accumulator's dtype
                 grad_hidden[rows] = (direction[rows] * grad_logps[rows, None]).to(hidden.dtype)
             return grad_hidden, *(None,) * 11
-        kept, ctx.kept_logits = ctx.kept_logits, None  # overwritten below; a second backward computes them again
+        held, ctx.held = ctx.held, None  # overwritten below; a second backward computes all tiles again
+        lost = range(len(chunks) * len(tiles))
+        if held is None:
+            held = hidden.new_empty(slots)
+        else:
+            lost = lost[len(held) - 1 : -1]
         total = accumulator_dtype(hidden.dtype)
-        one_chunk = len(ctx.chunks) == 1
+        one_chunk = len(chunks) == 1
         lefts, rights = _factors(hidden, down), _factors(weight, up)
         needed = [ctx.needs_input_grad[2 * i : 2 * i + 2] for i in range(len(lefts))]
         grad_lefts, grad_rights = [], []
         for left, right, (wants_left, wants_right) in zip(lefts, rights, needed, strict=True):
-            grad_lefts.append(torch.zeros_like(left) if wants_left else None)
-            if not wants_right:
-                grad_rights.append(None)
-            else:  # a sum over chunks loses nothing to rounding in between
-                grad_rights.append(torch.empty_like(right) if one_chunk else torch.zeros_like(right, dtype=total))
+            new = torch.empty_like if one_chunk else torch.zeros_like
+            grad_lefts.append(torch.zeros_like(left, dtype=total) if wants_left else None)
+            grad_rights.append(new(right) if wants_right else None)
         grad_bias = torch.zeros_like(bias, dtype=total) if ctx.needs_input_grad[4] else None
-        for rows in ctx.chunks:
-            parts = [left[rows] for left in lefts]
-            grads = [None if g is None else g[rows].contiguous() for g in (grad_logps, grad_entropy)]
-            saved = labels[rows], entropy[rows], row_max[rows], log_sum[rows]
-            sums = [g if g is None else torch.zeros_like(g[rows], dtype=total) for g in grad_lefts]
-            if kept is not None:
-                tiles = [(slice(0, len(weight)), kept)]
-            else:
-                tiles = _tiles(parts, rights, bias, softcap, budget)
-            for columns, logits in tiles:
-                slope = None if softcap is None else 1 - (logits / softcap) ** 2
+        for j, columns in reversed(list(enumerate(tiles))):
+            sums = [None if g is None else g[columns] for g in grad_rights]
+            if not one_chunk:  # a sum over chunks loses nothing to rounding in between
+                sums = [None if g is None else g.to(total) for g in sums]
+            for i, rows in reversed(list(enumerate(chunks))):
+                parts, number = [left[rows] for left in lefts], j * len(chunks) + i
+                logits = _in_slot(held, number, parts[0], columns)
+                if number in lost:
+                    _multiply(parts, rights, bias, columns, logits)
+                grads = [None if g is None else g[rows].contiguous() for g in (grad_logps, grad_entropy)]
+                saved = labels[rows], entropy[rows], row_max[rows], log_sum[rows]
+                capped = _capped(logits, softcap)
+                slope = None if softcap is None else 1 - (capped / softcap) ** 2
                 ops.token_stats_backward_tile(
-                    logits, *grads, *saved, columns.start, len(weight), ignore_index, temperature
+                    capped, *grads, *saved, columns.start, len(weight), ignore_index, temperature
                 )
-                grad = logits if slope is None else (logits * slope).to(hidden.dtype)
-                for part, summed, right, grad_right in zip(parts, sums, rights, grad_rights, strict=True):
-                    if summed is not None:
-                        _add_product(summed, grad, right[columns])
-                    if grad_right is not None and one_chunk:
-                        torch.mm(grad.T, part, out=grad_right[columns])
-                    elif grad_right is not None:
-                        _add_product(grad_right[columns], grad.T, part)
+                if softcap is not None:
+                    logits.copy_(capped.mul_(slope))
+                for part, grad_left, right, summed in zip(parts, grad_lefts, rights, sums, strict=True):
+                    if grad_left is not None:
+                        _add_product(grad_left, logits, right[columns], rows)
+                    if summed is not None and one_chunk:
+                        torch.mm(logits.T, part, out=summed)
+                    elif summed is not None:
+                        _add_product(summed, logits.T, part)
                 if grad_bias is not None:
-                    grad_bias[columns] += grad.sum(0, dtype=total)
-            for grad_left, summed in zip(grad_lefts, sums, strict=True):
-                if summed is not None:
-                    grad_left[rows] = summed.to(hidden.dtype)
-        grad_rights = [None if g is None else g.to(weight.dtype) for g in grad_rights]
+                    grad_bias[columns] += logits.sum(0, dtype=total)
+            for grad_right, summed in zip(grad_rights, sums, strict=True):
+                if summed is not None and summed.dtype != grad_right.dtype:
+                    grad_right[columns] = summed
+        grad_lefts = [None if g is None else g.to(hidden.dtype) for g in grad_lefts]
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
         grads = [g for pair in zip(grad_lefts, grad_rights, strict=True) for g in pair]
@@ -137,47 +144,73 @@ def _factors(first, second):
     return [first] if second is None else [first, second]
 
 
-def _scratch_bytes(lefts):
-    return SCRATCH * sum(left.shape[1] for left in lefts) * accumulator_dtype(lefts[0].dtype).itemsize
+def _layout(lefts, rights, labels, ignore_index, chunk_tokens, budget, caps, wants_rights, keeps_logits):
+    """(chunks, tiles, slots): slices of the tokens, or the indices of those that are not ignored; slices of the
+    vocabulary; and the shape of the memory for products of the one with the other: so many, of so many elements.
 
-
-def _kept_bytes(lefts, weight):
-    """Bytes that keeping all logits takes."""
-    return len(lefts[0]) * (len(weight) * weight.element_size() + _scratch_bytes(lefts))
-
-
-def _chunks(lefts, labels, ignore_index, chunk_tokens, budget):
-    """Slices of the tokens, or the indices of those that are not ignored. Finding these would wait for a CUDA device,
-    and would make shapes depend on data, which torch.compile does not trace: there all tokens go in."""
-    size = chunk_tokens or max(1, min(CHUNK_TOKENS, budget // 2 // _scratch_bytes(lefts)))
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    Finding the ignored tokens would wait for a CUDA device, and would make shapes depend on data, which torch.compile
+    does not trace: there all tokens go in.
+    """
+    on_cpu, vocab, depth = labels.device.type == "cpu", len(rights[0]), sum(left.shape[1] for left in lefts)
+    item, total = lefts[0].element_size(), accumulator_dtype(lefts[0].dtype).itemsize
+    is_narrow, kept = item < total, None
+    if on_cpu and not torch.compiler.is_compiling():
         kept = (labels != ignore_index).nonzero().squeeze(1)
-        if len(kept) < len(labels):
-            return kept.split(size) if len(kept) else ()
-    return [slice(start, start + size) for start in range(0, len(labels), size)]
+        kept = None if len(kept) == len(labels) else kept
+    count = len(labels if kept is None else kept)
+
+    # Bytes beside the tile. A token's: four arrays [n, D + r] while a direction is summed up; else what a product is
+    # added to the hidden gradient with (itself, its cast) and, gathered, the hidden state and its gradient so far.
+    if not keeps_logits:
+        token = 4 * total * depth
+    elif kept is None:
+        token = (item + total) * depth if is_narrow else 0
+    else:
+        token = 2 * (item + total) * depth
+    size = chunk_tokens or max(1, min(CHUNK_TOKENS, budget // 2 // max(1, token)))
+    n = max(1, min(size, count))
+    if kept is None:
+        chunks = [slice(start, start + size) for start in range(0, count, size)]
+    else:
+        chunks = kept.split(size) if count else ()
+    room = budget - n * token
+    if keeps_logits and is_narrow:  # the sum of the hidden gradient
+        room = max(room // 2, room - count * depth * total)
+    # Bytes of a column: of a tile; of its capped logits, their slope and product; of the sum of the weight's gradient.
+    column, capped = n * item, 3 * n * total * caps
+    summed = depth * (item + 2 * total) * (wants_rights and is_narrow and len(chunks) > 1)
+
+    most = min(room, CPU_TILE) if on_cpu else room
+    slots = -(-room // most) if keeps_logits and room > 0 else 1
+    width = max(1, min(most // (column + capped), room // (slots * column + capped + summed)))
+    width = -(-vocab // -(-vocab // width))  # tiles of nearly one size
+    tiles = [slice(start, min(start + width, vocab)) for start in range(0, vocab, width)]
+    return chunks, tiles, (max(1, min(slots, len(chunks) * len(tiles))), n * width)
 
 
-def _tiles(lefts, rights, bias, softcap, budget, whole=False):
-    """(columns, logits [n, W]) over slices of the vocabulary; a tile overwrites the one before."""
+def _in_slot(held, number, hidden, columns):
+    """The memory [n, W] of a tile. They are numbered chunk by chunk within a slice of the vocabulary; each has its own
+    slot until the last slot, where all others overwrite one another and the last tile stays. Going backwards meets
+    that one first, then the overwritten ones, which the same slot holds again, then those with their own slot."""
+    width = columns.stop - columns.start
+    return held[min(number, len(held) - 1)][: len(hidden) * width].view(len(hidden), width)
+
+
+def _multiply(lefts, rights, bias, columns, out):
     (hidden, *down), (weight, *up) = lefts, rights
-    item = hidden.element_size() if softcap is None else hidden.element_size() + 3 * 4  # capped logits, slope, product
-    room = budget - len(hidden) * _scratch_bytes(lefts)
-    if hidden.device.type == "cpu":
-        room = min(room, CPU_TILE)
-    width = len(weight) if whole else min(len(weight), max(1, room // (len(hidden) * item)))
-    buffer = hidden.new_empty(len(hidden) * width)
-    for start in range(0, len(weight), width):
-        columns = slice(start, min(start + width, len(weight)))
-        logits = buffer[: len(hidden) * (columns.stop - start)].view(len(hidden), -1)
-        if bias is None:
-            torch.mm(hidden, weight[columns].T, out=logits)
-        else:
-            torch.addmm(bias[columns], hidden, weight[columns].T, out=logits)
-        for left, right in zip(down, up, strict=True):
-            logits.addmm_(left, right[columns].T)
-        if softcap is not None:  # in the accumulator's dtype, where tanh costs no digits
-            logits = softcap * torch.tanh(logits.to(accumulator_dtype(logits.dtype)) / softcap)
-        yield columns, logits
+    if bias is None:
+        torch.mm(hidden, weight[columns].T, out=out)
+    else:
+        torch.addmm(bias[columns], hidden, weight[columns].T, out=out)
+    for left, right in zip(down, up, strict=True):
+        out.addmm_(left, right[columns].T)
+
+
+def _capped(logits, softcap):
+    """In the accumulator's dtype, where tanh costs no digits; without a cap the logits themselves."""
+    if softcap is None:
+        return logits
+    return softcap * torch.tanh(logits.to(accumulator_dtype(logits.dtype)) / softcap)
 
 
 def _direction(summed, state, weight, labels, ignore_index, temperature):
@@ -190,9 +223,13 @@ def _direction(summed, state, weight, labels, ignore_index, temperature):
     return (summed + own).masked_fill_((labels == ignore_index)[:, None], 0).to(weight.dtype)
 
 
-def _add_product(total, left, right):
-    """total += left @ right; a product in a narrower dtype is rounded once and added in total's."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
+def _add_product(total, left, right, rows=slice(None)):
+    """total[rows] += left @ right; a product in a narrower dtype is rounded once and added in total's. Products with
+    `out` are those that autocast leaves alone."""
+    part = total[rows]
+    if isinstance(rows, slice) and total.dtype == left.dtype:
+        part.addmm_(left, right)
+        return
+    part += torch.mm(left, right, out=left.new_empty(part.shape))
+    if not isinstance(rows, slice):  # then it is a copy
+        total[rows] = part
