@@ -136,6 +136,19 @@ def test_a_batch_is_its_pairs(dtype, link):
         assert all(one.shape == () and torch.equal(whole[i, j], one) for whole, one in pairs)
 
 
+@all_links
+def test_threads_change_no_bit(link):
+    tensors, before, results = random_pairs(2000, dtype=torch.float32), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            result, gradients = with_gradients(tensors, link)
+            results.append([*result, *gradients])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @all_links
 def test_no_pairs(dtype, link):

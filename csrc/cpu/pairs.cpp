@@ -1,11 +1,16 @@
-// The per-pair operators on the CPU: plain loops, because a batch holds few pairs and all arithmetic is in double.
+// The per-pair operators on the CPU: plain loops, in threads where the pairs are many; all arithmetic is in double.
 #include "../pairs.h"
+
+#include <torch/csrc/stable/ops.h>
 
 #include <sstream>
 #include <stdexcept>
 
 namespace mallowspo::cpu {
 namespace {
+
+// About this many pairs make a thread worth waking: one takes 0.03 to 2 microseconds.
+constexpr int64_t grain = 256;
 
 // The dispersion is data from outside the model, so a bad value is named rather than turned into a NaN loss.
 template <class T>
@@ -24,13 +29,17 @@ void check_dispersion(const void* dispersion, int64_t count) {
 template <class T>
 void losses(const PairArgs& args) {
   check_dispersion<T>(args.dispersion, args.pairs);
-  for (int64_t i = 0; i < args.pairs; ++i) preference_loss_at<T>(args, i);
+  torch::stable::parallel_for(0, args.pairs, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) preference_loss_at<T>(args, i);
+  });
 }
 
 template <class T>
 void log_probs(const MallowsArgs& args) {
   check_dispersion<T>(args.dispersion, args.count);
-  for (int64_t i = 0; i < args.count; ++i) mallows_log_prob_at<T>(args, i);
+  torch::stable::parallel_for(0, args.count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) mallows_log_prob_at<T>(args, i);
+  });
 }
 
 }  // namespace
