@@ -47,8 +47,12 @@ def in_subprocess(module, *arguments):
     """{contender: MiB} of a contest, measured by this file in a process of its own; None where that is impossible."""
     if not measurable(arguments[0]):
         return None
+    return json_of([sys.executable, __file__, module, *arguments])
+
+
+def json_of(command):
+    """The last line that a Python process prints, as JSON; in it, freed memory goes back to the system."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, module, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")

@@ -130,7 +130,7 @@ def plot(results, path):
     plt.close(figure)
 
 
-def write(results, folder, name):
+def write(results, folder, name, markdown=markdown):
     """NAME.json, NAME.md and NAME.png in a folder; what is there stays whole until each new file is complete."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
