@@ -1,6 +1,7 @@
 """Preference pairs of a wanted length, of real dialogue: the exchanges of chatterbot-corpus, strung together."""
 
 import bisect
+import functools
 import itertools
 import sys
 from collections import defaultdict
@@ -29,7 +30,7 @@ def dialogue_pairs(tokenizer, count, lengths=None):
     Returns:
         Dataset with the columns prompt, chosen, rejected.
     """
-    rows, _, _ = sources.load_pairs(sources.CORPUS_PACKAGE, held_out=0.2, seed=0)
+    rows = _rows()
     if lengths is None:
         return rows.select(range(count)).select_columns(["prompt", "chosen", "rejected"])
     topics = defaultdict(list)
@@ -38,6 +39,11 @@ def dialogue_pairs(tokenizer, count, lengths=None):
     streams = [itertools.cycle(found) for found in topics.values() if len(found) >= ROWS_OF_A_TOPIC]
     turns = itertools.islice(itertools.cycle(streams), count)
     return Dataset.from_list([_conversation(tokenizer, stream, *lengths) for stream in turns])
+
+
+@functools.cache
+def _rows():
+    return sources.load_pairs(sources.CORPUS_PACKAGE, held_out=0.2, seed=0)[0]
 
 
 def _conversation(tokenizer, stream, prompt_tokens, response_tokens):

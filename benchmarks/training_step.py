@@ -167,6 +167,8 @@ def parse_arguments():
     args = parser.parse_args()
     if args.device == "cuda" and not has_cuda:
         parser.error("--device cuda needs a CUDA device and mallowspo built with CUDA kernels")
+    if args.rounds < 2 or args.loss_steps < 1:
+        parser.error("--rounds must be at least 2, for quartiles, and --loss-steps at least 1")
     args.model = args.model or (trainers.RANDOM_MODEL if args.device == "cuda" else trainers.sources.MODEL_PACKAGE)
     return args
 
@@ -202,6 +204,7 @@ def main():
         return
     warnings.simplefilter("ignore", FutureWarning)
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(args.device, args.model, scratch)

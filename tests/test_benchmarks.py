@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_model
+from tiny_text import TEMPLATES, build
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
@@ -165,3 +167,53 @@ def test_a_failed_run_writes_nothing(tmp_path):
     assert run.returncode == pytest.ExitCode.TESTS_FAILED
     assert "1 passed" in run.stdout and "stays as it is" in run.stdout
     assert not (tmp_path / "results").exists()
+
+
+# A whole training step
+
+
+def test_the_dialogues_have_the_wanted_lengths():
+    pytest.importorskip("chatterbot_corpus", reason="pip install 'mallowspo[recipes]'")
+    tokenizer, _ = build("bpe", TEMPLATES["chatml"][0])
+    lengths = 400, 200  # of bytes, about
+    pairs = load("dialogues").dialogue_pairs(tokenizer, 6, lengths)
+    assert len({str(row) for row in pairs}) == len(pairs) == 6
+    for row in pairs:
+        turns = [message["role"] for message in row["prompt"]]
+        assert turns == (["user", "assistant"] * len(turns))[: len(turns)] and turns[-1] == "user"
+        text = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        for side in ("chosen", "rejected"):
+            whole = tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=False)
+            assert whole.startswith(text)
+            found = [len(tokenizer(part)["input_ids"]) for part in (text, whole.removeprefix(text))]
+            assert all(0.9 * wanted <= tokens <= wanted for tokens, wanted in zip(found, lengths, strict=True))
+
+
+def test_a_training_step_at_toy_sizes(tmp_path):
+    """One cell with everything around it: the same tokens, times, memory, losses, profile and files."""
+    for package in ("trl", "peft", "chatterbot_corpus"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'mallowspo[test]'")
+    tokenizer, _ = build("bpe", TEMPLATES["chatml"][0])
+    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    options = ["--device", "cpu", "--model", tmp_path / "model", "--results", tmp_path / "results", "--rounds", 2]
+    options += ["--loss-steps", 3, "--select", "LoRA", "--select", "as they are, reference on the fly"]
+    command = [sys.executable, FOLDER / "training_step.py", *options]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (path,) = (tmp_path / "results").glob("training-step-*.json")
+    results = json.loads(path.read_text())
+    (measured,) = results["rows"]
+    others = {"TRL", "TRL, checkpointed", "ours, checkpointed"}
+    assert set(measured["competitors"]) == others
+    assert all(found["median"] > 0 for found in (measured["ours"], *measured["competitors"].values()))
+    assert set(measured["extra_memory_mib"] or others | {"ours"}) == others | {"ours"}
+    assert measured["pairs"] == 2 and measured["loss_difference"] < 1e-3
+    (losses,) = results["losses"]
+    assert losses["ours"] == pytest.approx(losses["TRL"], abs=1e-4) and len(losses["ours"]) == 3
+    (profile,) = results["profile"]
+    spent = {name: value for name, value in profile["seconds"].items() if name != "other"}
+    assert all(value > 0 for value in spent.values())
+    assert ratios.ratio(measured, "TRL") > 0 and path.with_suffix(".md").read_text() in run.stdout
+    assert path.with_suffix(".png").exists()
