@@ -2,6 +2,7 @@
 # make test         set everything up and run the tests
 # make benchmark    set everything up, with the competitors, and measure (into benchmarks/results)
 #                   SELECT="-k bfloat16", say, measures a part of it (into outputs/benchmark)
+# make benchmark-step   the same for a whole training step beside TRL's; SELECT="--select LoRA", say, a part of it
 # make lint         ruff
 # Set PYTHON to name another Python 3.11 or newer.
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
 
-.PHONY: setup demo test benchmark lint format clean
+.PHONY: setup demo test benchmark benchmark-step lint format clean
 setup: $(VENV)/installed
 
 $(VENV)/python:
@@ -42,6 +43,9 @@ $(VENV)/competitors: $(VENV)/installed
 # Each contest may take minutes on a slow machine; the timeout is for one that hangs.
 benchmark: $(VENV)/competitors
 	$(BIN)/python -m pytest benchmarks --benchmark-quiet --timeout 1800 --results $(if $(SELECT),outputs/benchmark,benchmarks/results) $(SELECT)
+
+benchmark-step: $(VENV)/competitors
+	$(BIN)/python benchmarks/training_step.py --results $(if $(SELECT),outputs/benchmark,benchmarks/results) $(SELECT)
 
 lint: setup
 	$(BIN)/ruff check .
