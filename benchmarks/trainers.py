@@ -1,5 +1,6 @@
 """MallowsTrainer and TRL's DPOTrainer on the same model, data, optimiser and dtype, one optimiser step at a time."""
 
+import gc
 import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -153,12 +154,20 @@ class Step:
         return [tuple(row[column] for column in columns) for row in self._loader.dataset]
 
 
+def release(device):
+    """Frees the memory of trainers that are no longer used; they are full of cycles."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def make_steps(names, cell, setting, data):
     """{name: Step} of the contenders that are installed.
 
     Raises:
         RuntimeError: they do not train on the same tokens.
     """
+    release(setting.device)
     trainers = {name: make_trainer(name, cell, setting, data) for name in names}
     steps = {name: Step(trainer) for name, trainer in trainers.items() if trainer is not None}
     expected = steps[OURS].token_ids()

@@ -13,7 +13,6 @@ responses) and "loss_difference" (the largest between contenders in any round); 
 """
 
 import argparse
-import gc
 import json
 import statistics
 import sys
@@ -32,7 +31,7 @@ import step_profile
 import trainers
 from contest import seconds, spread
 from mallowspo.functional import HAS_CUDA_KERNELS
-from trainers import LIVE, OURS, SHORT, TRAININGS, TRL, TWICE, Cell, Setting, Step, make_steps, make_trainer
+from trainers import LIVE, OURS, SHORT, TRAININGS, TRL, TWICE, Cell, Setting, Step, make_steps, make_trainer, release
 
 BATCHES = 4  # of a cell, in turn
 LEGEND = (
@@ -102,13 +101,6 @@ def profile_of(training, setting):
     return {"case": str(cell), "seconds": step_profile.seconds_by_part(step, setting.device)}
 
 
-def release(device):
-    """Trainers are full of cycles."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-
-
 def table(rows):
     """The table's cells, [[text]], the heading first."""
     competitors = ratios.names(rows)
@@ -118,8 +110,11 @@ def table(rows):
         low, median, high = (rate(row, ours[key]) for key in ("high", "median", "low"))
         line = [row["case"], row["shape"], row["dtype"], f"{median} ({low}..{high}){ratios.mebibytes(extra, OURS)}"]
         for name, found in row["competitors"].items():
-            figures = found and f"{rate(row, found['median'])}, {ratios.ratio(row, name):.2f}x"
-            line.append(figures + ratios.mebibytes(extra, name) if found else ratios.NOT_INSTALLED)
+            if found is None:
+                line.append(ratios.NOT_INSTALLED)
+            else:
+                speed = f"{rate(row, found['median'])}, {ratios.ratio(row, name):.2f}x"
+                line.append(speed + ratios.mebibytes(extra, name))
         cells.append(line)
     return cells
 
@@ -169,21 +164,21 @@ def parse_arguments():
         parser.error("--device cuda needs a CUDA device and mallowspo built with CUDA kernels")
     if args.rounds < 2 or args.loss_steps < 1:
         parser.error("--rounds must be at least 2, for quartiles, and --loss-steps at least 1")
+    args.cells = [cell for cell in trainers.CELLS if all(text in str(cell) for text in args.select)]
+    if not args.cells:
+        parser.error(f"no cell's name has all of {args.select}; they are:\n" + "\n".join(map(str, trainers.CELLS)))
     args.model = args.model or (trainers.RANDOM_MODEL if args.device == "cuda" else trainers.sources.MODEL_PACKAGE)
     return args
 
 
 def measure(args, setting):
     """The results of all selected cells; every finished one is printed."""
-    cells = [cell for cell in trainers.CELLS if all(text in str(cell) for text in args.select)]
-    if not cells:
-        sys.exit(f"no cell's name has all of {args.select}; they are:\n" + "\n".join(map(str, trainers.CELLS)))
-    trainings = [training for training in TRAININGS if any(cell.training == training for cell in cells)]
+    trainings = [training for training in TRAININGS if any(cell.training == training for cell in args.cells)]
     facts = {"model": args.model} | machine.facts(args.device)
     losses = [losses_over(args.loss_steps, training, setting) for training in trainings]
     profile = [profile_of(training, setting) for training in trainings]
     rows = []
-    for cell in cells:
+    for cell in args.cells:
         row = time_cell(cell, setting, args.rounds)
         release(args.device)  # the process that measures the memory needs its room
         options = ["--memory-of", trainers.CELLS.index(cell), "--device", args.device, "--model", args.model]
