@@ -1,31 +1,55 @@
-"""What every rank of the distributed tests runs: ``accelerate launch ... distributed_worker.py FOLDER``.
+"""What every rank of the distributed tests runs: ``accelerate launch ... distributed_worker.py WHAT FOLDER ...``.
 
-The test calls the same functions in one process, and compares. Each rank leaves FOLDER/<name>.<rank>.pt.
+The tests call the same functions in one process, and compare. Each rank leaves FOLDER/<name>.<rank>.pt.
 """
 
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from tiny import lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from mallowspo.collator import PreferenceCollator
 from mallowspo.data import tokenize_pairs
 from mallowspo.modeling import add_adapter, attach_token_stats, sequence_stats
 
-# Sizes that do not divide by two: the eval sets and, in "odd", the train set, whose pass must still keep its order.
+# Numbers of pairs that do not divide: the last batches are filled up, and the ranks' shares of the passes as well.
 RUNS = {
-    "cached": {"eval_rows": 5},
-    "adapter": {"eval_rows": 3, "loss_type": "dpo", "peft_config": True},
-    "copy": {"eval_rows": 1, "dispersion_scale": 0.3, "gradient_accumulation_steps": 2},
-    "reference-free": {"eval_rows": 7, "loss_type": "mallows-simpo"},
+    "cached": {"eval_rows": 6, "rows": 24, "max_length": 20, "dropped": [3, 5]},
+    "adapter": {"eval_rows": 3, "rows": 24, "loss_type": "dpo", "peft_config": ["q_proj", "lm_head"]},
+    "copy": {"eval_rows": 1, "rows": 21, "dispersion_scale": 0.3, "gradient_accumulation_steps": 2},
+    "reference-free": {"eval_rows": 7, "rows": 24, "loss_type": "mallows-simpo"},
+    "one pair": {"eval_rows": 1, "rows": 1},
 }
+SHARDED_RUNS = ("cached", "adapter", "copy")
 GLOBAL_BATCH = 8
 STEPS = 3
+RECIPES = Path(__file__).parents[1] / "recipes" / "accelerate"
+
+
+def launch(config, *arguments, processes=2):
+    """Starts this file as the recipe says, but on the CPU and in full precision; its exit status and its output."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    if config == "fsdp2":
+        environment["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(RECIPES / f"{config}.yaml")]
+    command += ["--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0", __file__]
+    done = subprocess.run(
+        [*command, *map(str, arguments)],
+        env=environment, timeout=120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    return done.returncode, done.stdout
 
 
 class Record(TrainerCallback):
@@ -35,25 +59,35 @@ class Record(TrainerCallback):
         self.gradients, self.logs = [], []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        self.gradients.append({n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.logs.append(dict(logs))
 
 
-def run(folder):
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def with_dropped_pairs(pairs, dropped):
+    return pairs.map(lambda row, i: {"prompt": "red " * 30 if i in dropped else row["prompt"]}, with_indices=True)
+
+
+def run(folder, names=RUNS, use_cpu=True):
     """One training of each kind; the global batch is the same for any number of processes."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    for name, options in RUNS.items():
-        options = dict(options)
-        if options.pop("peft_config", False):
+    for name in names:
+        options = dict(RUNS[name])
+        if "peft_config" in options:
             torch.manual_seed(0)
-            options["peft_config"] = lora(init_lora_weights=False)
-        record, held_out = Record(), tiny_pairs(options.pop("eval_rows"), seed=1)
+            options["peft_config"] = lora(target_modules=options["peft_config"], init_lora_weights=False)
+        dropped = options.pop("dropped", ())
+        record, held_out = Record(), with_dropped_pairs(tiny_pairs(options.pop("eval_rows"), seed=1), dropped)
         trainer = tiny_trainer(
             folder / name,
-            rows=STEPS * GLOBAL_BATCH,
+            train_dataset=with_dropped_pairs(tiny_pairs(options.pop("rows")), dropped),
             eval_dataset=held_out,
+            eval_on_start=True,
             max_steps=STEPS,
             per_device_train_batch_size=GLOBAL_BATCH // world // options.get("gradient_accumulation_steps", 1),
             per_device_eval_batch_size=2,
@@ -61,26 +95,29 @@ def run(folder):
             optim="sgd",
             learning_rate=0.1,
             ddp_timeout=50,
+            use_cpu=use_cpu,
             callbacks=[record],
             **options,
         )
-        before = trainer.evaluate()
+        # accelerate refuses to prepare a model for FSDP2 without its optimiser: the evaluation in train() must do.
+        before = None if trainer.is_fsdp_enabled else trainer.evaluate()
         trainer.train()
         facts = {
             "world": trainer.accelerator.num_processes,
+            "sharded": isinstance(trainer.model.get_output_embeddings().weight, DTensor),
             "scale": trainer.dispersion_scale,
             "columns": {
-                column: trainer._prepared(data)[column][:]
-                for data in (trainer.train_dataset, held_out)
+                (which, column): trainer._prepared(data)[column][:]
+                for which, data in (("train", trainer.train_dataset), ("eval", held_out))
                 for column in trainer._prepared(data).column_names
                 if column.startswith("ref_")
             },
-            "before": before,
+            "before": before or record.logs[0],
             "after": trainer.evaluate(),
             "scores": trainer.score(held_out),
             "gradients": record.gradients,
             "logs": record.logs,
-            "weights": trainer.model.state_dict(),
+            "weights": {n: whole(value) for n, value in trainer.model.state_dict().items()},
         }
         torch.save(facts, folder / f"{name}.{trainer.accelerator.process_index}.pt")
 
@@ -111,7 +148,70 @@ def sharded(folder, adapter):
     torch.save(gradients, folder / f"{'sharded adapter' if adapter else 'sharded'}.{rank}.pt")
 
 
+def resumable(folder, name, checkpoint=None, use_cpu=True, **options):
+    """A run that saves after every second step, shuffles its pairs and ends its epochs with a smaller batch."""
+    trainer = tiny_trainer(
+        folder / name,
+        rows=21,  # three steps an epoch
+        max_steps=5,
+        per_device_train_batch_size=GLOBAL_BATCH // int(os.environ.get("WORLD_SIZE", 1)),
+        adam_epsilon=1e-3,  # else Adam makes whole steps of rounding errors
+        save_strategy="steps",
+        save_steps=2,
+        ddp_timeout=50,
+        use_cpu=use_cpu,
+        **options,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    weights = {n: whole(value) for n, value in trainer.model.state_dict().items()}
+    facts = {"weights": weights, "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log]}
+    torch.save(facts, folder / f"{name}.{trainer.accelerator.process_index}.pt")
+    return facts
+
+
+class Failing(TrainerCallback):
+    """Rank 1 fails in the middle of its third step, while the other waits for its gradients."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if args.process_index == 1 and state.global_step == 2:
+            raise RuntimeError("rank 1 cannot read its data")
+
+
+def kill_in_the_second_save():
+    """Rank 1 dies when everything else of checkpoint-4 is written."""
+    from mallowspo.distributed import Trainer
+
+    save = Trainer._save_rng_state
+
+    def save_or_die(self, output_dir):
+        if self.args.process_index == 1 and self.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(self, output_dir)
+
+    Trainer._save_rng_state = save_or_die
+
+
+def main(what, folder, *checkpoint):
+    folder = Path(folder)
+    if what == "ddp":
+        run(folder)
+        for adapter in (False, True):
+            sharded(folder, adapter)
+        resumable(folder, "saved")
+        resumable(folder, "resumed", *checkpoint)
+    elif what == "fail":
+        resumable(folder, "saved", callbacks=[Failing()])
+    elif what == "kill":
+        kill_in_the_second_save()
+        resumable(folder, "saved")
+    else:
+        # accelerate knows FSDP for GPUs alone, and falls back to DDP without a word; this shows it the CPU as one.
+        PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)
+        if what == "fsdp2":
+            run(folder, SHARDED_RUNS, use_cpu=False)
+            resumable(folder, "saved", use_cpu=False)
+        resumable(folder, "resumed", *checkpoint, use_cpu=False)
+
+
 if __name__ == "__main__":
-    run(Path(sys.argv[1]))
-    for adapter in (False, True):
-        sharded(Path(sys.argv[1]), adapter)
+    main(*sys.argv[1:])

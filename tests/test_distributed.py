@@ -1,9 +1,7 @@
-"""Two processes under ``accelerate launch`` (gloo) against one: gradients, weights, metrics and the reference pass."""
+"""Two processes under ``accelerate launch`` (gloo) against one: gradients, weights, metrics and the reference pass.
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+With recipes/accelerate/ddp.yaml and fsdp2.yaml, on the CPU and in full precision.
+"""
 
 import distributed_worker
 import numpy as np
@@ -13,44 +11,43 @@ import torch
 CLOCK = ("runtime", "per_second", "preparation_time")
 # Which response is ahead is a matter of rounding where policy and reference are equal.
 ROUNDING = ("rewards/accuracies",)
+RUNS = [("ddp", name) for name in distributed_worker.RUNS]
+RUNS += [("fsdp2", name) for name in distributed_worker.SHARDED_RUNS]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """{run: (facts of the single process, facts of rank 0, facts of rank 1)}."""
+def folder(tmp_path_factory):
+    """What each number of ranks left, in alone/, ddp/, fsdp2/ and fsdp2-alone/."""
     folder = tmp_path_factory.mktemp("distributed")
-    alone, together = folder / "alone", folder / "together"
-    alone.mkdir()
-    together.mkdir()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    process = subprocess.run(
-        [*launch, distributed_worker.__file__, str(together)],
-        env=environment, timeout=120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stdout[-4000:]
+    for name in ("alone", "ddp", "fsdp2", "fsdp2-alone"):
+        (folder / name).mkdir()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    distributed_worker.run(alone)
+    distributed_worker.run(folder / "alone")
+    distributed_worker.resumable(folder / "alone", "saved")
     for adapter in (False, True):
-        distributed_worker.sharded(alone, adapter)
+        distributed_worker.sharded(folder / "alone", adapter)
+    for config, what, where, start, processes in (
+        ("ddp", "ddp", "ddp", "alone/saved/checkpoint-2", 2),
+        ("fsdp2", "fsdp2", "fsdp2", "fsdp2/saved/checkpoint-2", 2),
+        ("fsdp2", "fsdp2 resume", "fsdp2-alone", "fsdp2/saved/checkpoint-2", 1),
+    ):
+        status, output = distributed_worker.launch(config, what, folder / where, folder / start, processes=processes)
+        assert status == 0, output[-4000:]
+    distributed_worker.resumable(folder / "alone", "resumed", folder / "ddp/saved/checkpoint-2")
     torch.set_num_threads(threads)
-
-    def load(path):
-        return torch.load(path, weights_only=False)
-
-    return {
-        name: (load(alone / f"{name}.0.pt"), *(load(together / f"{name}.{rank}.pt") for rank in range(2)))
-        for name in (*distributed_worker.RUNS, "sharded", "sharded adapter")
-    }
+    return folder
 
 
-@pytest.fixture(params=distributed_worker.RUNS)
-def run(request, results):
-    return results[request.param]
+def load(folder, name, rank):
+    return torch.load(folder / f"{name}.{rank}.pt", weights_only=False)
+
+
+@pytest.fixture(params=RUNS, ids="-".join)
+def run(request, folder):
+    """Facts of the single process, of rank 0, of rank 1."""
+    engine, name = request.param
+    return load(folder / "alone", name, 0), load(folder / engine, name, 0), load(folder / engine, name, 1)
 
 
 def comparable(log):
@@ -65,9 +62,11 @@ def close(found, expected, rtol=1e-4, atol=1e-6):
         )
 
 
-def test_the_launch_had_two_processes(run):
+def test_the_launch_was_what_it_claims(request, run):
     alone, *ranks = run
     assert alone["world"] == 1 and [rank["world"] for rank in ranks] == [2, 2]
+    sharded = request.node.callspec.params["run"][0] == "fsdp2"
+    assert not alone["sharded"] and [rank["sharded"] for rank in ranks] == [sharded] * 2
 
 
 def test_gradients_and_weights_are_those_of_one_process(run):
@@ -128,15 +127,38 @@ def test_scores_are_those_of_one_process(run):
             np.testing.assert_allclose(rank["scores"][name], values, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_runs_cover_what_they_claim(results):
-    assert results["cached"][0]["columns"] and results["reference-free"][0]["columns"]
-    assert not results["copy"][0]["columns"] and not results["adapter"][0]["columns"]
+def test_runs_cover_what_they_claim(folder):
+    cached, small, live = (load(folder / "alone", name, 0) for name in ("cached", "one pair", "copy"))
+    assert len(cached["columns"]["train", "ref_chosen_logps"]) == 24 - 2
+    assert list(cached["scores"]["row"]) == [0, 1, 2, 4]
+    assert len(small["columns"]["train", "ref_chosen_logps"]) == 1 and not live["columns"]
 
 
 @pytest.mark.parametrize("name", ["sharded", "sharded adapter"])
-def test_fsdp_sees_the_head(results, name):
+def test_fsdp_sees_the_head(folder, name):
     """The head's weight is whole only inside its own forward: reading it anywhere else would find a shard."""
-    alone, *ranks = results[name]
+    alone, *ranks = load(folder / "alone", name, 0), load(folder / "ddp", name, 0), load(folder / "ddp", name, 1)
     assert min(gradient.abs().max() for gradient in alone.values()) > 1e-3
     for rank in ranks:
         close(rank, alone)
+
+
+# Saved on two processes, resumed on one, and the other way round
+
+
+@pytest.mark.parametrize(
+    "path", ["ddp/saved.0", "ddp/resumed.0", "ddp/resumed.1", "alone/resumed.0",
+             "fsdp2/saved.0", "fsdp2/resumed.0", "fsdp2/resumed.1", "fsdp2-alone/resumed.0"],
+)  # fmt: skip
+def test_a_resumed_run_ends_where_the_whole_one_does(folder, path):
+    expected, found = (torch.load(folder / f"{name}.pt", weights_only=False) for name in ("alone/saved.0", path))
+    close(found["weights"], expected["weights"])
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4) and len(found["losses"]) == 5
+
+
+def test_a_sharded_checkpoint_is_also_a_model(folder):
+    """Of whole weights, to load from anywhere."""
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "fsdp2/saved/checkpoint-4").state_dict()
+    close(loaded, AutoModelForCausalLM.from_pretrained(folder / "alone/saved/checkpoint-4").state_dict())

@@ -46,11 +46,13 @@ class Means:
         self._accelerator = accelerator
         self._sums = {}
 
-    def add(self, mode, values):
-        """Adds {name: [B]}; the same names every time."""
+    def add(self, mode, values, counts=None):
+        """Adds {name: [B]}, the same names every time; in training only of pairs whose counts [B] are not 0."""
         table = torch.stack([value.detach().double() for value in values.values()], dim=1)
         if mode == "eval":  # the ranks' last batches are filled up with pairs seen before; this cuts them off again
             table = self._accelerator.gather_for_metrics(table)
+        elif counts is not None:
+            table = table[counts > 0]
         sums = torch.cat([table.sum(0), table.new_tensor([len(table)])])
         self._sums[mode] = list(values), sums + self._sums.get(mode, (None, 0))[1]
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, Trainer, set_seed
+from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 
 from mallowspo import _C
@@ -24,6 +23,7 @@ from mallowspo.dispersion import (
     load_cache,
     save_cache,
 )
+from mallowspo.distributed import DistributedTrainer
 from mallowspo.metrics import Means, pair_metrics
 from mallowspo.model_card import WritesModelCard
 from mallowspo.modeling import (
@@ -35,14 +35,13 @@ from mallowspo.modeling import (
     load_model,
     sequence_stats,
     share_prompts,
-    unprepared,
     whole,
 )
 
 logger = logging.get_logger(__name__)
 
 
-class MallowsTrainer(WritesModelCard, Trainer):
+class MallowsTrainer(WritesModelCard, DistributedTrainer):
     """Fine-tunes a causal language model on preference pairs.
 
     Where the reference log-probabilities and entropies come from, in this order: the cache of one pass before training
@@ -297,13 +296,6 @@ class MallowsTrainer(WritesModelCard, Trainer):
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
-    def train(self, *args, **kwargs):
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not sharded and not isinstance(self.model_wrapped, nn.parallel.DistributedDataParallel):
-            # What an evaluation prepared, accelerate would not wrap again: no rank would see the others' gradients.
-            self.model_wrapped = unprepared(self.model)
-        return super().train(*args, **kwargs)
-
     def _pair_losses(self, model, batch):
         """Loss of each pair, its statistics and its metrics: what a step, an evaluation and a score share."""
         reference = self._reference_of(batch)
@@ -317,19 +309,12 @@ class MallowsTrainer(WritesModelCard, Trainer):
         loss, policy, reference, dispersion = self._pair_losses(model, inputs)
         vocabulary = self._vocabulary if self._source == "entropy" else None
         values = pair_metrics(loss, policy, reference, dispersion, inputs["num_tokens"], vocabulary)
-        self._means.add("train" if model.training else "eval", values)
+        self._means.add("train" if model.training else "eval", values, inputs.get("counts"))
         if num_items_in_batch is None:
             total = loss.losses.mean()
         else:  # DDP averages over ranks, so the share of this one is scaled up
-            total = loss.losses.sum() * self.accelerator.num_processes / num_items_in_batch
+            total = (loss.losses * inputs["counts"]).sum() * self.accelerator.num_processes / num_items_in_batch
         return (total, {}) if return_outputs else total
-
-    def _get_num_items_in_batch(self, batch_samples, device):
-        """Pairs in the whole optimiser step, over micro-batches and ranks: what its loss is divided by."""
-        if not batch_samples:
-            return None
-        pairs = torch.tensor(sum(len(batch["num_tokens"]) // 2 for batch in batch_samples), device=device)
-        return self.accelerator.gather(pairs).sum()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)

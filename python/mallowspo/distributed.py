@@ -1,0 +1,90 @@
+"""What a run on several ranks, or an interrupted one, needs from the loop around the loss.
+
+A pair counts once in every epoch, however the batches fall on the ranks; a checkpoint is whole or is passed over.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.utils import logging
+
+from mallowspo.modeling import unprepared
+
+logger = logging.get_logger(__name__)
+
+
+def newest_checkpoint(folder):
+    """The path of the checkpoint with the most steps among those in the folder that were written to the end.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for path in reversed(sort_checkpoints(str(folder))):
+        if _is_whole(path):
+            return path
+        logger.warning(f"{path} was not written to the end; it is passed over")
+    raise ValueError(
+        f"no checkpoint in {folder} was written to the end; leave resume_from_checkpoint out to start anew"
+    )
+
+
+def _is_whole(checkpoint):
+    try:
+        json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+class DistributedTrainer(Trainer):
+    """A Trainer of pairs, for any number of ranks: of its batches only ``num_tokens`` [2B] is read."""
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As in ``transformers.Trainer``; True resumes from the newest checkpoint that was written to the end."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not sharded and not isinstance(self.model_wrapped, nn.parallel.DistributedDataParallel):
+            # What an evaluation prepared, accelerate would not wrap again: no rank would see the others' gradients.
+            self.model_wrapped = unprepared(self.model)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint and not _is_whole(resume_from_checkpoint):
+            raise ValueError(f"{resume_from_checkpoint} is no checkpoint that was written to the end; choose another")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Pairs in the whole optimiser step, over micro-batches and ranks: what its loss is divided by.
+
+        Gives each batch ``counts`` [B] float32, 1 for a pair and 0 for one that only fills up the last batch.
+        """
+        if not batch_samples:
+            return None
+        for batch in batch_samples:
+            batch["counts"] = torch.ones(len(batch["num_tokens"]) // 2, device=device)
+        state, world = self.accelerator.gradient_state, self.accelerator.num_processes
+        if state.end_of_dataloader and world > 1 and not self.args.dataloader_drop_last:
+            # accelerate fills the last batch up with pairs of the first, so that all ranks have as many. Its own count
+            # of them (gradient_state.remainder) is missing in a resumed epoch.
+            counts = batch_samples[-1]["counts"]
+            fillers = -len(state.active_dataloader.dataset) % (len(counts) * world)
+            place = self.accelerator.process_index * len(counts) + torch.arange(len(counts), device=device)
+            counts[place >= len(counts) * world - fillers] = 0
+        pairs = torch.stack([batch["counts"].sum() for batch in batch_samples]).sum()
+        return self.accelerator.gather(pairs).sum()
+
+    # trainer_state.json is the last file of a checkpoint, and older ones are deleted after it: here it is also written
+    # after all that the other ranks write. Where it can be read, the checkpoint is whole.
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # of an earlier run, whose files are overwritten
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
