@@ -47,7 +47,7 @@ def launch(config, *arguments, processes=2):
     command += ["--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0", __file__]
     done = subprocess.run(
         [*command, *map(str, arguments)],
-        env=environment, timeout=120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment, timeout=240, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     return done.returncode, done.stdout
 
@@ -94,7 +94,7 @@ def run(folder, names=RUNS, use_cpu=True):
             train_sampling_strategy="sequential",
             optim="sgd",
             learning_rate=0.1,
-            ddp_timeout=50,
+            ddp_timeout=120,
             use_cpu=use_cpu,
             callbacks=[record],
             **options,
@@ -158,7 +158,7 @@ def resumable(folder, name, checkpoint=None, use_cpu=True, **options):
         adam_epsilon=1e-3,  # else Adam makes whole steps of rounding errors
         save_strategy="steps",
         save_steps=2,
-        ddp_timeout=50,
+        ddp_timeout=120,
         use_cpu=use_cpu,
         **options,
     )
