@@ -1,0 +1,150 @@
+"""``python -m mallowspo.sizing``: the memory a rank needs and the bytes it sends in a step, on paper.
+
+Arithmetic for models built as Llama is; docs/scaling.md has the symbols and where each term is from.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+GPUS = {"80 GB": 72e9, "141 GB": 127e9}  # nine tenths: CUDA's context, NCCL and fragmentation take the rest
+NVLINK, PORT = 370e9, 50e9  # bytes/s one way: NVLink 4 as NCCL reaches it, the line rate of a 400 Gb/s port
+FLOPS = 0.35 * 989e12  # a second: utilisation times the dense bfloat16 peak of an H100 or H200 SXM
+BUDGET = 64 * 2**20  # linear_token_stats's memory_budget
+
+
+class Model(NamedTuple):
+    """A Llama; the default is Llama-3-8B."""
+
+    vocab: int = 128256
+    hidden: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 8
+    mlp: int = 14336
+    head_size: int = 128
+    tied: bool = False
+
+    @classmethod
+    def from_config(cls, path):
+        """The model of a config.json, or of the folder that has it."""
+        c = json.loads((Path(path, "config.json") if Path(path).is_dir() else Path(path)).read_text())
+        hidden, heads = c["hidden_size"], c["num_attention_heads"]
+        kv_heads, head_size = c.get("num_key_value_heads") or heads, c.get("head_dim") or hidden // heads
+        sizes = c["vocab_size"], hidden, c["num_hidden_layers"], heads, kv_heads, c["intermediate_size"], head_size
+        return cls(*sizes, c.get("tie_word_embeddings", False))
+
+    def sizes(self, rank=0):
+        """(all parameters P, those of a layer, those of the head, those of LoRA on every linear layer but the head)"""
+        d, m, q, kv = self.hidden, self.mlp, self.heads * self.head_size, self.kv_heads * self.head_size
+        layer, head = 2 * d * (q + kv) + 3 * d * m + 2 * d, self.vocab * d
+        adapters = self.layers * rank * (2 * (d + q) + 2 * (d + kv) + 3 * (d + m))
+        return self.layers * layer + head * (1 if self.tied else 2) + d, layer, head, adapters
+
+
+class Batch(NamedTuple):
+    """A packed micro-batch of one rank: its pairs, and the tokens of a prompt and of a response."""
+
+    pairs: int = 4
+    prompt: int = 1024
+    response: int = 512
+
+    scored = property(lambda self: self.pairs * 2 * self.response)
+    tokens = property(lambda self: self.pairs * self.prompt + self.scored)
+    padded = property(lambda self: self.pairs * 2 * self.prompt + self.scored)  # with the prompt in two rows
+
+
+def states(model, sharding, n, rank=0):
+    """Bytes of weights, gradients and optimiser on a rank. LoRA if rank; sharding None: a process in float32."""
+    parameters, layer, head, adapters = model.sizes(rank)
+    trained, frozen = (adapters, parameters) if rank else (parameters, 0)
+    if sharding is None:
+        return 16 * trained + 4 * frozen
+    if sharding == "ddp":  # weights 4, gradients 4, buckets 4, moments 8; autocast's copies of what is multiplied 2
+        return 20 * trained + 2 * (trained if rank else model.layers * layer + head) + 2 * frozen
+    if sharding == "zero2":  # weights 2; sharded: master 4, moments 8, gradients 2 and then 4; a bucket
+        return 2 * (trained + frozen) + 18 * trained / n + 2 * min(5e8, trained)
+    gathered = head + 2 * layer + (0 if rank else head)  # the head, two layers; what the head's gradient is sent from
+    return (16 * trained + 2 * frozen) / n + 2 * gathered  # weights 4, gradients 4, moments 8
+
+
+def dtypes(sharding, rank):
+    """Bytes an element of what is multiplied, and of the residual stream."""
+    return (4, 4) if sharding is None else (2, 4) if sharding == "ddp" and not rank else (2, 2)
+
+
+def saved_by_layer(model, batch, sharding, rank=0):
+    """Bytes that a layer saves for the backward pass."""
+    (s, residual), d, t = dtypes(sharding, rank), model.hidden, batch.tokens
+    q, kv = model.heads * model.head_size, model.kv_heads * model.head_size
+    norms = 2 * (4 * d + 4 + (0 if rank else residual * d))  # input; normalised, where the gain is trained
+    inputs = s * d * (5 if sharding == "ddp" else 2)  # of q, k, v and of gate, up: autocast casts each its own
+    attention = s * (3 * q + 2 * kv) + 4 * model.heads  # q, k, v, the output twice, its log-sum-exp
+    each = s * (batch.prompt + batch.response) * (2 * q + batch.response)  # a second response: k, v and mask again
+    return t * (norms + inputs + attention + s * (4 * model.mlp + 7 * rank)) + batch.pairs * each
+
+
+def activations(model, batch, sharding, rank=0, checkpointing=False, budget=BUDGET):
+    """Bytes beyond the states at the peak of a step: saved for the backward pass, and worked in by it."""
+    (s, residual), d, t, n = dtypes(sharding, rank), model.hidden, batch.tokens, batch.scored
+    layer, head = saved_by_layer(model, batch, sharding, rank), model.sizes()[2]
+    end = t * (4 * d + 2 * model.head_size * residual) + n * d * (2 * s + 4)  # last norm, rotary angles; scored states
+    end += n * d * s if rank else t * residual * d + head * (4 if sharding is None else 6)  # or the head's gradient
+    end += min(budget, n * model.vocab * s)
+    work = 2 * s * t * model.mlp  # gradients within an MLP, less what it has freed by then
+    if checkpointing:
+        return model.layers * residual * t * d + max(end, layer + work)
+    return model.layers * layer + max(end, work)
+
+
+def sent(model, sharding, n, rank=0):
+    """Bytes that a rank sends in a step of one micro-batch, by ring collectives."""
+    parameters, _, head, adapters = model.sizes(rank)
+    trained = adapters if rank else parameters
+    if sharding == "ddp":  # all-reduce, float32
+        return (n - 1) / n * 2 * 4 * trained
+    if sharding == "zero2":  # all-reduce and all-gather, bfloat16
+        return (n - 1) / n * (2 + 1) * 2 * trained
+    passes = 3 if rank else 2  # forward, backward; LoRA's reference. The head stays from its first one on.
+    return (n - 1) / n * 2 * (passes * (parameters + adapters - head) + head + trained)
+
+
+def flops(model, batch, rank=0, checkpointing=False, reference=False):
+    """Of one micro-batch; reference: with a forward pass of it."""
+    _, layer, head, _ = model.sizes()
+    attended = batch.pairs * (batch.prompt**2 / 2 + 2 * batch.response * (batch.prompt + batch.response / 2))
+    layers = model.layers * (2 * layer * batch.tokens + 4 * model.heads * model.head_size * attended)
+    products = (2 if rank else 4) + reference  # of scored states and head: a trained one recomputes its logits
+    return layers * ((2 if rank else 3) + checkpointing + reference) + products * 2 * head * batch.scored
+
+
+def report(model, batch, gpus, rank):
+    """The tables of docs/scaling.md: GB of 1e9 bytes, seconds."""
+    rows = [["GPUs", "sharding", "trains", "states", "peak", "ckpt", *GPUS, "sent", "s fast", "s slow", "s math"]]
+    for n, r, sharding in ((n, r, s) for n in gpus for r in (0, rank) for s in ("ddp", "zero2", "fsdp2")):
+        held, volume = states(model, sharding, n, r), sent(model, sharding, n, r)
+        memory = held, *(held + activations(model, batch, sharding, r, ckpt) for ckpt in (False, True))
+        fits = ["yes" if memory[1] < size else "ckpt" if memory[2] < size else "no" for size in GPUS.values()]
+        seconds = volume / NVLINK, volume / (PORT if n > 8 else NVLINK), flops(model, batch, r, True, r > 0) / FLOPS
+        rows.append([f"{n}", sharding, f"LoRA {r}" if r else "full", *(f"{b / 1e9:.1f}" for b in memory), *fits])
+        rows[-1] += [f"{volume / 1e9:.1f}", *(f"{t:.2f}" for t in seconds)]
+    again = f"{(flops(model, batch, reference=True) - flops(model, batch)) / FLOPS:.2f}"
+    changes = [["instead", "GB more", "s more"]]
+    for t, b in (("float32", 4), ("bfloat16", 2)):
+        changes.append([f"a live {t} copy as the reference", f"{b * model.sizes()[0] / 1e9:.1f}", again])
+    for t, count in (("the scored positions", batch.scored), ("all positions of padded rows", batch.padded)):
+        changes.append([f"logits of {t}", f"{10 * model.vocab * count / 1e9:.1f}", "-"])
+    tables = ([lines[0], ["---"] * len(lines[0]), *lines[1:]] for lines in (rows, changes))
+    return "\n\n".join("\n".join(f"| {' | '.join(line)} |" for line in lines) for lines in tables)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m mallowspo.sizing", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Model.from_config, default=Model(), help="a config.json; default Llama-3-8B")
+    parser.add_argument("--gpus", type=int, nargs="+", default=(8, 64))
+    parser.add_argument("--rank", type=int, default=16, help="of LoRA")
+    for name, default in Batch()._asdict().items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    a = parser.parse_args()
+    print(report(a.model, Batch(a.pairs, a.prompt, a.response), a.gpus, a.rank))
