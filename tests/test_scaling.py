@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mallowspo import sizing
 from mallowspo.collator import pack
+from mallowspo.functional import MEMORY_BUDGET
 from mallowspo.linear import CPU_TILE
 from mallowspo.modeling import attach_token_stats, sequence_stats, share_prompts
 
@@ -83,7 +84,7 @@ def test_a_step_of_the_trainer_takes_what_the_formula_says(rank, checkpointing, 
     trained = nbytes(p for p in trainer.model.parameters() if p.requires_grad)
 
     assert weights + trained + moments == pytest.approx(sizing.states(shape, None, 1, rank), rel=1e-3)
-    budget = CPU_TILE if rank else sizing.BUDGET  # on the CPU a tile is smaller, unless the logits are kept whole
+    budget = CPU_TILE if rank else MEMORY_BUDGET["cpu"]  # a frozen head holds one tile
     formula = sizing.activations(shape, batch, None, rank, checkpointing, budget)
     assert found == pytest.approx(trained + formula, rel=0.02)
     assert formula > moments  # which are made when the activations are gone
@@ -140,6 +141,10 @@ def test_a_config_without_the_newer_fields(tmp_path):
     fields = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(fields | {"intermediate_size": 24}))
     assert sizing.Model.from_config(tmp_path) == sizing.Model(40, 16, 3, 4, 4, 24, 4)
+
+
+def test_the_budget_is_that_of_a_gpu():
+    assert sizing.BUDGET == MEMORY_BUDGET["cuda"]
 
 
 def test_llama_3_8b_has_the_parameters_of_its_model_card():

@@ -11,7 +11,7 @@ from typing import NamedTuple
 GPUS = {"80 GB": 72e9, "141 GB": 127e9}  # nine tenths: CUDA's context, NCCL and fragmentation take the rest
 NVLINK, PORT = 370e9, 50e9  # bytes/s one way: NVLink 4 as NCCL reaches it, the line rate of a 400 Gb/s port
 FLOPS = 0.35 * 989e12  # a second: utilisation times the dense bfloat16 peak of an H100 or H200 SXM
-BUDGET = 64 * 2**20  # linear_token_stats's memory_budget
+BUDGET = 512 * 2**20  # linear_token_stats's memory_budget on a GPU
 
 
 class Model(NamedTuple):
@@ -90,7 +90,7 @@ def activations(model, batch, sharding, rank=0, checkpointing=False, budget=BUDG
     (s, residual), d, t, n = dtypes(sharding, rank), model.hidden, batch.tokens, batch.scored
     layer, head = saved_by_layer(model, batch, sharding, rank), model.sizes()[2]
     end = t * (4 * d + 2 * model.head_size * residual) + n * d * (2 * s + 4)  # last norm, rotary angles; scored states
-    end += n * d * s if rank else t * residual * d + head * (4 if sharding is None else 6)  # or the head's gradient
+    end += n * d * s if rank else t * residual * d + head * {None: 4, "ddp": 6}.get(sharding, 2)  # its gradient
     end += min(budget, n * model.vocab * s)
     work = 2 * s * t * model.mlp  # gradients within an MLP, less what it has freed by then
     if checkpointing:
@@ -115,7 +115,7 @@ def flops(model, batch, rank=0, checkpointing=False, reference=False):
     _, layer, head, _ = model.sizes()
     attended = batch.pairs * (batch.prompt**2 / 2 + 2 * batch.response * (batch.prompt + batch.response / 2))
     layers = model.layers * (2 * layer * batch.tokens + 4 * model.heads * model.head_size * attended)
-    products = (2 if rank else 4) + reference  # of scored states and head: a trained one recomputes its logits
+    products = (2 if rank else 4) + reference  # of scored states and head: a trained one computes most logits again
     return layers * ((2 if rank else 3) + checkpointing + reference) + products * 2 * head * batch.scored
 
 
