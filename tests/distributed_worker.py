@@ -31,6 +31,7 @@ RUNS = {
     "one pair": {"eval_rows": 1, "rows": 1},
 }
 SHARDED_RUNS = ("cached", "adapter", "copy")
+HALF = {"half": {"eval_rows": 5, "rows": 24, "loss_type": "dpo"}}  # layers in bfloat16
 GLOBAL_BATCH = 8
 STEPS = 3
 RECIPES = Path(__file__).parents[1] / "recipes" / "accelerate"
@@ -73,11 +74,11 @@ def with_dropped_pairs(pairs, dropped):
     return pairs.map(lambda row, i: {"prompt": "red " * 30 if i in dropped else row["prompt"]}, with_indices=True)
 
 
-def run(folder, names=RUNS, use_cpu=True):
+def run(folder, runs=RUNS, use_cpu=True):
     """One training of each kind; the global batch is the same for any number of processes."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    for name in names:
-        options = dict(RUNS[name])
+    for name, options in runs.items():
+        options = dict(options)
         if "peft_config" in options:
             torch.manual_seed(0)
             options["peft_config"] = lora(target_modules=options["peft_config"], init_lora_weights=False)
@@ -208,8 +209,11 @@ def main(what, folder, *checkpoint):
         # accelerate knows FSDP for GPUs alone, and falls back to DDP without a word; this shows it the CPU as one.
         PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)
         if what == "fsdp2":
-            run(folder, SHARDED_RUNS, use_cpu=False)
+            run(folder, {name: RUNS[name] for name in SHARDED_RUNS}, use_cpu=False)
             resumable(folder, "saved", use_cpu=False)
+            os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+            run(folder, HALF, use_cpu=False)
+            os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
         resumable(folder, "resumed", *checkpoint, use_cpu=False)
 
 

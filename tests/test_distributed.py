@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
         (folder / name).mkdir()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    distributed_worker.run(folder / "alone")
+    distributed_worker.run(folder / "alone", distributed_worker.RUNS | distributed_worker.HALF)
     distributed_worker.resumable(folder / "alone", "saved")
     for adapter in (False, True):
         distributed_worker.sharded(folder / "alone", adapter)
@@ -162,3 +162,14 @@ def test_a_sharded_checkpoint_is_also_a_model(folder):
 
     loaded = AutoModelForCausalLM.from_pretrained(folder / "fsdp2/saved/checkpoint-4").state_dict()
     close(loaded, AutoModelForCausalLM.from_pretrained(folder / "alone/saved/checkpoint-4").state_dict())
+
+
+def test_log_probabilities_are_not_rounded_with_the_layers(folder):
+    """What FSDP's mixed precision would do to everything the model returns."""
+    alone, *ranks = (load(folder / where, "half", rank) for where, rank in (("alone", 0), ("fsdp2", 0), ("fsdp2", 1)))
+    for rank in ranks:
+        assert rank["sharded"]
+        for name in ("chosen_logps", "rejected_logps"):
+            found = torch.from_numpy(rank["scores"][name])
+            assert not torch.equal(found, found.bfloat16().double())
+            np.testing.assert_allclose(found, alone["scores"][name], rtol=0.03)

@@ -4,6 +4,7 @@ A pair counts once in every epoch, however the batches fall on the ranks; a chec
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,6 +44,13 @@ def _is_whole(checkpoint):
 
 class DistributedTrainer(Trainer):
     """A Trainer of pairs, for any number of ranks: of its batches only ``num_tokens`` [2B] is read."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            # accelerate would round what the model returns, log-probabilities in float32, to the dtype of its layers.
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """As in ``transformers.Trainer``; True resumes from the newest checkpoint that was written to the end."""

@@ -183,7 +183,10 @@ def _layout(lefts, rights, labels, ignore_index, chunk_tokens, budget, caps, wan
     most = min(room, CPU_TILE) if on_cpu else room
     slots = -(-room // most) if keeps_logits and room > 0 else 1
     width = max(1, min(most // (column + capped), room // (slots * column + capped + summed)))
-    width = -(-vocab // -(-vocab // width))  # tiles of nearly one size
+    # Tiles of nearly one size, and of whole cache lines: products whose rows end within one are a quarter slower.
+    line = 16 if width >= 16 else 1
+    width = -(-vocab // -(-vocab // (width - width % line)))
+    width += -width % line
     tiles = [slice(start, min(start + width, vocab)) for start in range(0, vocab, width)]
     return chunks, tiles, (max(1, min(slots, len(chunks) * len(tiles))), n * width)
 
