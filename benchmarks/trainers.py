@@ -17,7 +17,7 @@ from mallowspo import MallowsConfig, MallowsTrainer
 SEED = 42
 OURS, TRL = "ours", "TRL"
 CHECKPOINTED = ", checkpointed"  # the one option of TRL 1.16 that saves memory on every device
-CONTENDERS = [OURS, TRL, TRL + CHECKPOINTED, OURS + CHECKPOINTED]
+CONTENDERS = [OURS, TRL, TRL + CHECKPOINTED]
 FULL, LORA = TRAININGS = "full", "LoRA r=8"
 TWICE, SAME, SHORT = PROMPTS = "prompts twice the responses", "prompts like the responses", "dialogues as they are"
 LIVE, CACHED = REFERENCES = "reference on the fly", "reference cached"
@@ -85,7 +85,7 @@ def make_trainer(name, cell, setting, data):
     if not is_ours and trl is None:
         return None
     is_live, is_lora = cell.reference == LIVE, cell.training == LORA
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM") if is_lora else None
+    lora = LoraConfig(r=8, task_type="CAUSAL_LM") if is_lora else None
     kind, config, link = (
         (MallowsTrainer, MallowsConfig, "dpo") if is_ours else (trl.DPOTrainer, trl.DPOConfig, "sigmoid")
     )
