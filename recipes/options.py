@@ -1,0 +1,41 @@
+"""The options of a recipe: dataclass fields, set by a YAML file and by the command line."""
+
+import argparse
+import json
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def parse_options(classes, description, arguments=None):
+    """An instance of each dataclass from the YAML file of ``--config`` and the command line, which wins.
+
+    Args:
+        classes: dataclasses for ``transformers.HfArgumentParser``; one has a field ``config``, a path.
+        description: the first line of ``--help``.
+        arguments: the command line; default: ``sys.argv[1:]``.
+
+    Raises:
+        ValueError: the file is no mapping or has an unknown option. SystemExit: a value argparse refuses.
+    """
+    parser = HfArgumentParser(classes, description=description)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", default=parser.get_default("config"))
+    path = finder.parse_known_args(arguments)[0].config
+    options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must hold options, one 'name: value' a line")
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(f"{path} has unknown options: {', '.join(map(str, unknown))}; see --help")
+    # Text, as on the command line: argparse then converts and checks both in the same way.
+    parser.set_defaults(**{name: _as_text(value) for name, value in options.items() if value is not None})
+    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+
+
+def _as_text(value):
+    if isinstance(value, list):
+        return [_as_text(item) for item in value]
+    return json.dumps(value) if isinstance(value, dict) else str(value)
