@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
-from tiny import lora, tiny_trainer
+from tiny import cache_files, lora, tiny_trainer
 
 WEIGHTS = {False: {"model.safetensors", "config.json"}, True: {"adapter_model.safetensors", "adapter_config.json"}}
 
@@ -40,6 +40,7 @@ def test_push_to_hub(tmp_path, uploads, adapter):
     trainer.push_to_hub(dataset_name="org/pairs", license="mit", tags="house")
     ((repository, files, card),) = uploads
     assert repository == "me/mine"
+    assert cache_files(tmp_path / "mine") and not [name for name in files if "reference_cache" in name]
     assert files >= WEIGHTS[adapter] | {"tokenizer.json", "tokenizer_config.json", "README.md", "training_args.bin"}
     assert card.data.datasets == ["org/pairs"] and card.data.license == "mit"
     tags = card.data.tags

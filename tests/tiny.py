@@ -128,5 +128,5 @@ def lora(**options):
 
 def cache_files(folder):
     """Files of the cached reference pass under an output_dir."""
-    folder = folder / "reference_cache"
+    folder = folder / "_reference_cache"
     return sorted(folder.iterdir()) if folder.exists() else []

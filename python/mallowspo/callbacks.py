@@ -19,8 +19,9 @@ class GenerationSamples(TrainerCallback):
     """At every evaluation, the most likely continuations (greedy) of held-out prompts.
 
     They go as a table to TensorBoard and Weights & Biases where the trainer reports there, and as rows of ``step``,
-    ``prompt`` and ``completion`` to ``generations.jsonl`` in output_dir. An evaluation that is run again, as by a
-    resumed run, replaces the rows of its step. Nothing is drawn at random: training is the same with it and without.
+    ``prompt`` and ``completion`` to ``generations.jsonl`` in output_dir, which ``push_to_hub`` uploads too. An
+    evaluation that is run again, as by a resumed run, replaces the rows of its step. Nothing is drawn at random:
+    training is the same with it and without.
 
         trainer.add_callback(GenerationSamples(trainer, num_prompts=4))
 

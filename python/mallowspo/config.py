@@ -29,7 +29,8 @@ class MallowsConfig(TrainingArguments):
         precompute_ref_log_probs: one pass of the reference over the data before training, cached, instead of a
             reference forward in every step. Done in any case where the objective needs the reference's entropies
             beforehand: for dispersion_scale="auto" and for a reference-free objective.
-        reference_cache_dir: where that pass is kept; None: ``<output_dir>/reference_cache``.
+        reference_cache_dir: where that pass is kept; None: ``<output_dir>/_reference_cache``, which
+            ``push_to_hub`` leaves out.
         precompute_ref_batch_size: pairs a device in that pass; None: per_device_eval_batch_size.
 
     Parameters that control model and data:
@@ -77,7 +78,7 @@ class MallowsConfig(TrainingArguments):
         default=False, metadata={"help": "One cached pass of the reference instead of a forward in every step."}
     )
     reference_cache_dir: str | None = field(
-        default=None, metadata={"help": "Where the reference pass is cached; None: <output_dir>/reference_cache."}
+        default=None, metadata={"help": "Where the reference pass is cached; None: <output_dir>/_reference_cache."}
     )
     precompute_ref_batch_size: int | None = field(
         default=None, metadata={"help": "Pairs a device in the reference pass; None: per_device_eval_batch_size."}

@@ -226,7 +226,7 @@ class MallowsTrainer(WritesModelCard, DistributedTrainer):
             model = self.accelerator.unwrap_model(self.ref_model or self.model)
             settings = {"version": _C.build["version"], "mixed_precision": self.accelerator.mixed_precision}
             key = fingerprint(model, dataset, settings, with_adapter=self.ref_model is not None)
-            path = Path(self.args.reference_cache_dir or Path(self.args.output_dir) / "reference_cache")
+            path = Path(self.args.reference_cache_dir or Path(self.args.output_dir) / "_reference_cache")
             path = path / f"{key}.safetensors"
             if path.exists():
                 logger.info(f"reference log-probabilities and entropies of {name} read from {path}")
