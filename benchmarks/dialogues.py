@@ -9,9 +9,12 @@ from pathlib import Path
 
 from datasets import Dataset
 
-sys.path.append(str(Path(__file__).parents[1] / "recipes" / "dialogue"))
+RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path += [str(RECIPES / "dialogue"), str(RECIPES)]
 
 import sources  # noqa: E402
+
+import models  # noqa: E402, F401  (trainers.py takes the packaged model from it)
 
 ROWS_OF_A_TOPIC = 40  # at least, so that a long conversation does not repeat itself
 

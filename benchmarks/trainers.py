@@ -11,7 +11,7 @@ from torch.profiler import record_function
 from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
 from contest import optional
-from dialogues import dialogue_pairs, sources
+from dialogues import dialogue_pairs, models
 from mallowspo import MallowsConfig, MallowsTrainer
 
 SEED = 42
@@ -63,8 +63,8 @@ class Setting:
         self.lengths = {TWICE: (2 * response, response), SAME: (response, response), SHORT: None}
         self.dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
         self._is_random = self.model == RANDOM_MODEL
-        self._folder = sources.model_folder(sources.MODEL_PACKAGE if self._is_random else self.model)
-        self.tokenizer = sources.load_tokenizer(self._folder)
+        self._folder = models.model_folder(models.MODEL_PACKAGE if self._is_random else self.model)
+        self.tokenizer = models.load_tokenizer(self._folder)
 
     def load_model(self):
         if not self._is_random:

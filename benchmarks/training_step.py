@@ -167,7 +167,7 @@ def parse_arguments():
     args.cells = [cell for cell in trainers.CELLS if all(text in str(cell) for text in args.select)]
     if not args.cells:
         parser.error(f"no cell's name has all of {args.select}; they are:\n" + "\n".join(map(str, trainers.CELLS)))
-    args.model = args.model or (trainers.RANDOM_MODEL if args.device == "cuda" else trainers.sources.MODEL_PACKAGE)
+    args.model = args.model or (trainers.RANDOM_MODEL if args.device == "cuda" else trainers.models.MODEL_PACKAGE)
     return args
 
 

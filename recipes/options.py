@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import yaml
@@ -30,12 +31,13 @@ def parse_options(classes, description, arguments=None):
     unknown = sorted(set(options) - known)
     if unknown:
         raise ValueError(f"{path} has unknown options: {', '.join(map(str, unknown))}; see --help")
-    # Text, as on the command line: argparse then converts and checks both in the same way.
-    parser.set_defaults(**{name: _as_text(value) for name, value in options.items() if value is not None})
-    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    # Put before the command line, so that argparse converts and checks both in the same way, lists too.
+    given = [text for name, value in options.items() if value is not None for text in _as_arguments(name, value)]
+    given += sys.argv[1:] if arguments is None else arguments
+    return parser.parse_args_into_dataclasses(given, look_for_args_file=False)
 
 
-def _as_text(value):
+def _as_arguments(name, value):
     if isinstance(value, list):
-        return [_as_text(item) for item in value]
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
