@@ -1,4 +1,5 @@
 # make demo         set everything up and fine-tune a real language model on human-written dialogue
+# make bandit       set everything up and compare the losses where the truth is known (outputs/bandit/report.html)
 # make test         set everything up and run the tests
 # make benchmark    set everything up, with the competitors, and measure (into benchmarks/results)
 #                   SELECT="-k bfloat16", say, measures a part of it (into outputs/benchmark)
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
 
-.PHONY: setup demo test benchmark benchmark-step lint format clean
+.PHONY: setup demo bandit test benchmark benchmark-step lint format clean
 setup: $(VENV)/installed
 
 $(VENV)/python:
@@ -32,6 +33,10 @@ $(VENV)/installed: $(VENV)/packages pyproject.toml $(NATIVE)
 
 demo: setup
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/dialogue/run.py --config recipes/dialogue/demo.yaml
+
+bandit: setup
+	$(BIN)/python recipes/bandit/run.py
+	$(BIN)/python -m mallowspo.report outputs/bandit
 
 test: setup
 	$(BIN)/python -m pytest
