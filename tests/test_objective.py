@@ -154,7 +154,7 @@ def test_an_unknown_field():
         ({"beta": -0.1}, "beta must be finite and positive, got -0.1"),
         ({"beta": math.nan}, "beta must be finite and positive, got nan"),
         ({"gamma": math.inf}, "gamma must be finite, got inf"),
-        ({"token_weights": "sum"}, "unknown token_weights 'sum'; choose 'uniform' or 'mean'"),
+        ({"token_weights": "sum"}, "unknown token_weights 'sum'; choose one of uniform, mean"),
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
         ({"label_smoothing": -0.1}, r"label_smoothing must be in \[0, 0.5\), got -0.1"),
         ({"robust": True}, "robust=True corrects label_smoothing, which is 0"),

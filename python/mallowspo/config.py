@@ -1,6 +1,6 @@
 """MallowsConfig: transformers.TrainingArguments plus what a preference objective needs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -10,13 +10,39 @@ from mallowspo.objective import preset, presets
 
 
 @dataclass
-class MallowsConfig(TrainingArguments):
+class ObjectiveArguments:
+    """The fields of a PreferenceObjective that a config overrides, each with its name there; None keeps the preset's.
+
+    A base of the dataclasses of arguments, ours and the integrations', which document them.
+    """
+
+    beta: float | None = field(default=None, metadata={"help": "Scale of the margin; None: the preset's."})
+    gamma: float | None = field(default=None, metadata={"help": "Target margin; None: the preset's."})
+    label_smoothing: float | None = field(
+        default=None, metadata={"help": "Assumed share of flipped labels, in [0, 0.5); None: the preset's."}
+    )
+    smoothing: float | None = field(
+        default=None, metadata={"help": "Half-width of the smoothed mallows-phi link; None: the preset's."}
+    )
+    sft_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the chosen response's NLL per token; None: the preset's."}
+    )
+
+    def objective(self):
+        """The PreferenceObjective these arguments describe."""
+        (loss_type,) = self.loss_type if isinstance(self.loss_type, list) else [self.loss_type]
+        given = {f.name: getattr(self, f.name) for f in fields(ObjectiveArguments)}
+        return preset(loss_type, **{name: value for name, value in given.items() if value is not None})
+
+
+@dataclass
+class MallowsConfig(ObjectiveArguments, TrainingArguments):
     """Arguments of :class:`mallowspo.MallowsTrainer`; names as in TRL's DPOConfig where the meaning is the same.
 
     Defaults that differ from TrainingArguments: learning_rate 1e-6, logging_steps 10, remove_unused_columns False.
 
     Parameters that control the objective:
-        loss_type: a preset's name (``mallowspo.presets()``).
+        loss_type: a preset's name (``mallowspo.presets()``, docs/methods.md), or several joined by "+".
         beta, gamma, label_smoothing, smoothing, sft_weight: override the preset's field of that name; None keeps it.
 
     Parameters that control the dispersion (read by the presets that begin with ``mallows-``):
@@ -56,19 +82,9 @@ class MallowsConfig(TrainingArguments):
         default=False, metadata={"help": "Must stay False: the collator reads columns that no model's forward names."}
     )
 
-    loss_type: str = field(default="mallows-theta", metadata={"help": f"Preset: {', '.join(presets())}."})
-    beta: float | None = field(default=None, metadata={"help": "Scale of the margin; None: the preset's."})
-    gamma: float | None = field(default=None, metadata={"help": "Target margin; None: the preset's."})
-    label_smoothing: float | None = field(
-        default=None, metadata={"help": "Assumed share of flipped labels, in [0, 0.5); None: the preset's."}
+    loss_type: str = field(
+        default="mallows-theta", metadata={"help": f"Preset, or several joined by '+': {', '.join(presets())}."}
     )
-    smoothing: float | None = field(
-        default=None, metadata={"help": "Half-width of the smoothed mallows-phi link; None: the preset's."}
-    )
-    sft_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the chosen response's NLL per token; None: the preset's."}
-    )
-
     dispersion_source: str | None = field(
         default=None, metadata={"help": "neg_log_dispersion, agreement, entropy; None: a column if there is one."}
     )
@@ -109,16 +125,6 @@ class MallowsConfig(TrainingArguments):
         if self.share_prompt and self.pad_to_multiple_of is not None:
             raise ValueError("share_prompt packs batches without padding; leave pad_to_multiple_of out")
         check_dispersion(self, default_scale="auto")
-
-    def objective(self):
-        """The PreferenceObjective these arguments describe."""
-        return objective_of(self, self.loss_type)
-
-
-def objective_of(args, loss_type):
-    """The preset with the fields that args, a config of ours or of an integration, does not leave at None."""
-    fields = ("beta", "gamma", "label_smoothing", "smoothing", "sft_weight")
-    return preset(loss_type, **{f: getattr(args, f) for f in fields if getattr(args, f) is not None})
 
 
 def check_dispersion(args, default_scale):

@@ -21,13 +21,11 @@ from mallowspo.autograd import (
     TokenStatsFunction,
     accumulator_dtype,
 )
+from mallowspo.choices import LINKS, MALLOWS_LINKS, check_pair_choices, check_positive, check_smoothing
 from mallowspo.linear import LinearTokenStatsFunction
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# The links by name, and those that read the neg-log dispersion: plain values, so that torch.compile traces past them.
-LINKS = {link.name.replace("_", "-"): int(link) for link in _C.Link}
-MALLOWS_LINKS = frozenset(name for name, value in LINKS.items() if _C.uses_dispersion(_C.Link(value)))
 HAS_CUDA_KERNELS = _C.build["cuda"].startswith("yes")
 
 # Normalised entropies are kept this far from 0 and 1, where -log is infinite and zero: a <= 13.8 times the scale.
@@ -85,7 +83,7 @@ def token_stats(logits, labels, *, ignore_index=-100, temperature=1.0, inplace_b
             f"got {list(labels.shape)}"
         )
     _check_same_device(logits=logits, labels=labels)
-    _check_positive("temperature", temperature)
+    check_positive("temperature", temperature)
     if inplace_backward and (
         (logits.shape[-1] > 1 and logits.stride(-1) != 1)
         or any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True))
@@ -171,9 +169,9 @@ def linear_token_stats(
     tensors = {"hidden": hidden, "weight": weight} | {name: x for name, x in optional.items() if x is not None}
     _check_same_dtype(**tensors)
     _check_same_device(**tensors, labels=labels)
-    _check_positive("temperature", temperature)
+    check_positive("temperature", temperature)
     if softcap is not None:
-        _check_positive("softcap", softcap)
+        check_positive("softcap", softcap)
     for name, value in (("chunk_tokens", chunk_tokens), ("memory_budget", memory_budget)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
@@ -211,7 +209,7 @@ def neg_log_dispersion(chosen_entropy, rejected_entropy, num_outcomes, *, scale=
     _check_alike(chosen_entropy=chosen_entropy, rejected_entropy=rejected_entropy)
     if not num_outcomes >= 2:
         raise ValueError(f"num_outcomes must be at least 2, got {num_outcomes}")
-    _check_positive("scale", scale)
+    check_positive("scale", scale)
     # Half precision cannot hold the upper clamp: 1 - 1e-6 would round to 1 and the dispersion to 0.
     dtype = accumulator_dtype(chosen_entropy.dtype)
     share = (chosen_entropy.to(dtype) + rejected_entropy.to(dtype)) / (2 * math.log(num_outcomes))
@@ -248,7 +246,7 @@ def mallows_log_prob(margin, neg_log_dispersion, *, smoothing=1.0):
     _check_tensor("neg_log_dispersion", neg_log_dispersion, DTYPES)
     _check_same_dtype(margin=margin, neg_log_dispersion=neg_log_dispersion)
     _check_same_device(margin=margin, neg_log_dispersion=neg_log_dispersion)
-    _check_smoothing(smoothing)
+    check_smoothing(smoothing)
     try:
         margin, neg_log_dispersion = torch.broadcast_tensors(margin, neg_log_dispersion)
     except RuntimeError as error:
@@ -305,7 +303,7 @@ def preference_loss(
         raise ValueError("ref_chosen_logps and ref_rejected_logps come together: give both, or neither")
     if ref_chosen_logps is not None:
         tensors |= {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
-    check_link(link)
+    check_pair_choices(link, beta, gamma, label_smoothing, robust, smoothing)
     if (link in MALLOWS_LINKS) != (neg_log_dispersion is not None):
         raise ValueError(
             f"link {link!r} needs neg_log_dispersion"
@@ -317,39 +315,12 @@ def preference_loss(
     for name, tensor in tensors.items():
         _check_tensor(name, tensor, DTYPES)
     _check_alike(**tensors)
-    check_objective_numbers(beta, gamma, label_smoothing, smoothing)
     return PreferenceLoss(
         *PreferenceLossFunction.apply(
             chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, neg_log_dispersion,
             LINKS[link], float(beta), float(gamma), float(label_smoothing), bool(robust), float(smoothing),
         )
     )  # fmt: skip
-
-
-def check_link(name):
-    """ValueError with the choices for an unknown link."""
-    if name not in LINKS:
-        raise ValueError(f"unknown link {name!r}; choose one of {', '.join(LINKS)}")
-
-
-def check_objective_numbers(beta, gamma, label_smoothing, smoothing):
-    """ValueError for a number that no preference objective can have."""
-    _check_positive("beta", beta)
-    if not -math.inf < gamma < math.inf:
-        raise ValueError(f"gamma must be finite, got {gamma}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
-    _check_smoothing(smoothing)
-
-
-def _check_smoothing(smoothing):
-    if not 0 <= smoothing < math.inf:
-        raise ValueError(f"smoothing must be finite and >= 0 (0: the raw function), got {smoothing}")
-
-
-def _check_positive(name, value):
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be finite and positive, got {value}")
 
 
 def _check_tensor(name, tensor, dtypes):

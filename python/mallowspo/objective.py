@@ -1,6 +1,7 @@
 """What is optimised, as one small dataclass, and the named points in its space.
 
-Every method is a choice of fields; :func:`preset` returns the published ones and ``dataclasses.replace`` changes them.
+Every method is a choice of fields; :func:`preset` returns the published ones (:mod:`mallowspo.family`) and composes
+them, ``dataclasses.replace`` changes them.
 """
 
 import math
@@ -8,6 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mallowspo import functional as F
+from mallowspo.choices import MALLOWS_LINKS, PAIR_CHOICES, check_choice, check_pair_choices
+from mallowspo.family import FAMILY
+
+TOKEN_WEIGHTS = ("uniform", "mean")
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,8 @@ class PreferenceObjective:
     sft_weight: float = 0.0
 
     def __post_init__(self):
-        F.check_link(self.link)
-        F.check_objective_numbers(self.beta, self.gamma, self.label_smoothing, self.smoothing)
-        if self.token_weights not in ("uniform", "mean"):
-            raise ValueError(f"unknown token_weights {self.token_weights!r}; choose 'uniform' or 'mean'")
+        check_pair_choices(**self._pair_choices)
+        check_choice("token_weights", self.token_weights, TOKEN_WEIGHTS)
         if not (math.isfinite(self.sft_weight) and self.sft_weight >= 0):
             raise ValueError(f"sft_weight must be finite and >= 0, got {self.sft_weight}")
         if self.smoothing != 1 and self.link != "mallows-phi":
@@ -60,7 +63,11 @@ class PreferenceObjective:
     @property
     def uses_dispersion(self):
         """Whether each pair needs a neg-log dispersion."""
-        return self.link in F.MALLOWS_LINKS
+        return self.link in MALLOWS_LINKS
+
+    @property
+    def _pair_choices(self):
+        return {name: getattr(self, name) for name in PAIR_CHOICES}
 
     def __call__(self, logps, num_tokens, ref_logps=None, neg_log_dispersion=None):
         """The loss of each pair.
@@ -81,53 +88,47 @@ class PreferenceObjective:
             raise ValueError(
                 f"reference_free is {self.reference_free}, so ref_logps must{' not' * self.reference_free} be given"
             )
-        scores = [logps] if ref_logps is None else [logps, ref_logps]
-        if self.token_weights == "mean":
-            scores = [score / num_tokens for score in scores]
         loss = F.preference_loss(
-            *(half for score in scores for half in score.chunk(2)),
+            *(half for score in self._scores(logps, num_tokens, ref_logps) for half in score.chunk(2)),
             neg_log_dispersion=neg_log_dispersion,
-            link=self.link,
-            beta=self.beta,
-            gamma=self.gamma,
-            label_smoothing=self.label_smoothing,
-            robust=self.robust,
-            smoothing=self.smoothing,
+            **self._pair_choices,
         )
         if self.sft_weight:
             nll = -(logps / num_tokens).chunk(2)[0]
             loss = loss._replace(losses=loss.losses + self.sft_weight * nll)
         return loss
 
-
-# beta and gamma of the SimPO family: its authors' Llama-3-Base setting. IPO is length-normalised, as TRL's.
-_SIMPO = {"beta": 2.0, "gamma": 1.0, "token_weights": "mean", "reference_free": True}
-_PRESETS = {
-    "dpo": {"link": "bradley-terry"},
-    "cdpo": {"link": "bradley-terry", "label_smoothing": 0.1},
-    "robust-dpo": {"link": "bradley-terry", "label_smoothing": 0.1, "robust": True},
-    "ipo": {"link": "ipo", "token_weights": "mean"},
-    "hinge": {"link": "hinge"},
-    "simpo": {"link": "bradley-terry", **_SIMPO},
-    "mallows-theta": {"link": "mallows-theta"},
-    "mallows-phi": {"link": "mallows-phi"},
-    "mallows-ipo": {"link": "mallows-ipo", "token_weights": "mean"},
-    "mallows-hinge": {"link": "mallows-hinge"},
-    "mallows-simpo": {"link": "mallows-theta", **_SIMPO},
-}
+    def _scores(self, logps, num_tokens, ref_logps):
+        """What the log-ratio of each response is made of: [2B] of the policy and, unless reference-free, [2B] of the
+        reference, with the token weights in them."""
+        scores = [logps] if ref_logps is None else [logps, ref_logps]
+        if self.token_weights == "mean":
+            scores = [score / num_tokens for score in scores]
+        return scores
 
 
 def presets():
-    """Names that :func:`preset` knows."""
-    return tuple(_PRESETS)
+    """Names that :func:`preset` knows and composes; docs/methods.md describes them."""
+    return tuple(FAMILY)
 
 
 def preset(name, **overrides):
-    """The objective of a published method, with the given fields replaced.
+    """The objective of a published method, or of several joined by "+", with the given fields replaced.
+
+    Each name brings the fields that are its own: ``preset("mallows-theta+simpo")`` is SimPO's margin under the theta
+    link. Names that set the same field do not compose. A link that none of them sets is "bradley-terry".
 
     Raises:
-        ValueError: an unknown name (the message lists the known ones) or value. TypeError: an unknown field.
+        ValueError: an unknown name (the message lists the known ones), two names that set one field, an impossible
+            value or combination. TypeError: an unknown field.
     """
-    if name not in _PRESETS:
-        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(_PRESETS)} (TRL's 'sigmoid' is 'dpo')")
-    return PreferenceObjective(**(_PRESETS[name] | overrides))
+    fields, owners = {"link": "bradley-terry"}, {}
+    for part in name.split("+"):
+        if part not in FAMILY:
+            known = ", ".join(FAMILY)
+            raise ValueError(f"unknown preset {part!r}; choose one of {known} (TRL's 'sigmoid' is 'dpo')")
+        for field, value in FAMILY[part].fields.items():
+            if field in owners:
+                raise ValueError(f"presets {owners[field]!r} and {part!r} both set {field}, so they do not compose")
+            fields[field], owners[field] = value, part
+    return PreferenceObjective(**(fields | overrides))

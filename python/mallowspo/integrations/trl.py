@@ -14,7 +14,7 @@ import torch
 from packaging.version import Version
 
 from mallowspo import functional as F
-from mallowspo.config import check_dispersion, objective_of
+from mallowspo.config import ObjectiveArguments, check_dispersion
 from mallowspo.data import PAIR_COLUMNS
 from mallowspo.dispersion import agreement_to_neg_log_dispersion
 from mallowspo.objective import presets
@@ -44,11 +44,12 @@ _DISPERSION = "neg_log_dispersion"
 
 
 @dataclass
-class DPOConfig(trl.DPOConfig):
+class DPOConfig(ObjectiveArguments, trl.DPOConfig):
     """TRL's DPOConfig, with the fields of :class:`mallowspo.MallowsConfig` that describe an objective.
 
     Parameters that control the objective:
-        loss_type: one preset's name (``mallowspo.presets()``), not one of TRL's; default "mallows-theta".
+        loss_type: a preset's name (``mallowspo.presets()``), or several joined by "+"; none of TRL's. Default
+            "mallows-theta".
         beta, gamma, label_smoothing, smoothing, sft_weight: override the preset's field of that name; None keeps it.
 
     Parameters that control the dispersion (read by the presets that begin with ``mallows-``):
@@ -63,17 +64,6 @@ class DPOConfig(trl.DPOConfig):
 
     loss_type: list[str] = field(
         default_factory=lambda: ["mallows-theta"], metadata={"help": f"One preset: {', '.join(presets())}."}
-    )
-    beta: float | None = field(default=None, metadata={"help": "Scale of the margin; None: the preset's."})
-    gamma: float | None = field(default=None, metadata={"help": "Target margin; None: the preset's."})
-    label_smoothing: float | None = field(
-        default=None, metadata={"help": "Assumed share of flipped labels, in [0, 0.5); None: the preset's."}
-    )
-    smoothing: float | None = field(
-        default=None, metadata={"help": "Half-width of the smoothed mallows-phi link; None: the preset's."}
-    )
-    sft_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the chosen response's NLL per token; None: the preset's."}
     )
     dispersion_source: str | None = field(
         default=None, metadata={"help": "neg_log_dispersion, agreement, entropy; None: a column if there is one."}
@@ -100,10 +90,6 @@ class DPOConfig(trl.DPOConfig):
             )
         self.objective()
         check_dispersion(self, default_scale=None)
-
-    def objective(self):
-        """The PreferenceObjective these arguments describe."""
-        return objective_of(self, self.loss_type[0])
 
 
 class DPOTrainer(trl.DPOTrainer):
