@@ -8,7 +8,7 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
-  using mallowspo::Link;
+  using mallowspo::Divergence, mallowspo::Link;
   py::native_enum<Link>(m, "Link", "enum.IntEnum", "How a margin becomes a log-likelihood; the value is the operators' `link` argument.")
       .value("bradley_terry", Link::bradley_terry)
       .value("mallows_theta", Link::mallows_theta)
@@ -17,8 +17,24 @@ PYBIND11_MODULE(_C, m) {
       .value("mallows_ipo", Link::mallows_ipo)
       .value("hinge", Link::hinge)
       .value("mallows_hinge", Link::mallows_hinge)
+      .value("exo", Link::exo)
+      .value("mallows_exo", Link::mallows_exo)
+      .value("discopop", Link::discopop)
+      .value("mallows_discopop", Link::mallows_discopop)
+      .value("sppo", Link::sppo)
+      .value("nca", Link::nca)
+      .value("bco", Link::bco)
+      .value("apo_zero", Link::apo_zero)
+      .value("apo_down", Link::apo_down)
+      .finalize();
+  py::native_enum<Divergence>(m, "Divergence", "enum.IntEnum", "What regularises; the value is the operators' `divergence` argument.")
+      .value("alpha", Divergence::alpha)
+      .value("jensen_shannon", Divergence::jensen_shannon)
       .finalize();
   m.def("uses_dispersion", [](Link link) { return mallowspo::uses_dispersion(link); }, "Whether the link reads the neg-log dispersion.");
+
+  m.def("has_margin", [](Link link) { return mallowspo::has_margin(link); }, "Whether the link is a function of one margin.");
+  m.def("host_of", [](Link link) { return mallowspo::host_of(link); }, "The link that this one gives a dispersion to.");
 
   py::dict build;
   build["version"] = MALLOWSPO_VERSION;

@@ -224,15 +224,24 @@ void token_stats_backward_tile(const Tensor& logits, const OptionalTensor& grad_
 
 // ---- preference_loss ------------------------------------------------------------------------------------------------
 
-PairArgs pair_args(Inputs& inputs, const Tensor& chosen, const Tensor& rejected, const OptionalTensor& ref_chosen,
-                   const OptionalTensor& ref_rejected, const OptionalTensor& neg_log_dispersion, int64_t link,
-                   double beta, double gamma, double label_smoothing, bool robust, double smoothing) {
+// In the order of the schema, and of mallowspo.choices.PAIR_CHOICES.
+Objective objective_of(int64_t link, double beta, double gamma, double label_smoothing, bool robust, double smoothing,
+                       double focal_gamma, bool clip_rejected, int64_t divergence, double divergence_alpha,
+                       double discopop_tau) {
   STD_TORCH_CHECK(link >= 0 && link < link_count, "unknown link ", link);
-  STD_TORCH_CHECK(neg_log_dispersion || !uses_dispersion(static_cast<Link>(link)), "this link needs neg_log_dispersion");
+  STD_TORCH_CHECK(divergence >= 0 && divergence < divergence_count, "unknown divergence ", divergence);
+  return {static_cast<Link>(link), beta, gamma, label_smoothing, smoothing, robust, focal_gamma, clip_rejected,
+          static_cast<Divergence>(divergence), divergence_alpha, discopop_tau};
+}
+
+PairArgs pair_args(Inputs& inputs, const Tensor& chosen, const Tensor& rejected, const OptionalTensor& ref_chosen,
+                   const OptionalTensor& ref_rejected, const OptionalTensor& neg_log_dispersion,
+                   const Objective& objective) {
+  STD_TORCH_CHECK(neg_log_dispersion || !uses_dispersion(objective.link), "this link needs neg_log_dispersion");
   PairArgs args{};
   args.dtype = accumulator_of(chosen) == ScalarType::Double ? DType::f64 : DType::f32;
   args.pairs = chosen.numel();
-  args.objective = {static_cast<Link>(link), beta, gamma, label_smoothing, smoothing, robust};
+  args.objective = objective;
   args.chosen = inputs(chosen, "chosen_logps");
   args.rejected = inputs(rejected, "rejected_logps");
   args.ref_chosen = inputs(ref_chosen, "ref_chosen_logps");
@@ -241,13 +250,15 @@ PairArgs pair_args(Inputs& inputs, const Tensor& chosen, const Tensor& rejected,
   return args;
 }
 
-std::tuple<Tensor, Tensor, Tensor> preference_loss(const Tensor& chosen, const Tensor& rejected,
-                                                   const OptionalTensor& ref_chosen, const OptionalTensor& ref_rejected,
-                                                   const OptionalTensor& neg_log_dispersion, int64_t link, double beta,
-                                                   double gamma, double label_smoothing, bool robust, double smoothing) {
+std::tuple<Tensor, Tensor, Tensor> preference_loss(
+    const Tensor& chosen, const Tensor& rejected, const OptionalTensor& ref_chosen, const OptionalTensor& ref_rejected,
+    const OptionalTensor& neg_log_dispersion, int64_t link, double beta, double gamma, double label_smoothing,
+    bool robust, double smoothing, double focal_gamma, bool clip_rejected, int64_t divergence, double divergence_alpha,
+    double discopop_tau) {
   Inputs inputs{chosen, {}};
-  PairArgs args = pair_args(inputs, chosen, rejected, ref_chosen, ref_rejected, neg_log_dispersion, link, beta, gamma,
-                            label_smoothing, robust, smoothing);
+  PairArgs args = pair_args(inputs, chosen, rejected, ref_chosen, ref_rejected, neg_log_dispersion,
+                            objective_of(link, beta, gamma, label_smoothing, robust, smoothing, focal_gamma,
+                                         clip_rejected, divergence, divergence_alpha, discopop_tau));
   const auto output = [&] { return torch::stable::new_empty(chosen, chosen.sizes(), accumulator_of(chosen)); };
   const Tensor losses = output(), chosen_rewards = output(), rejected_rewards = output();
   args.losses = losses.mutable_data_ptr();
@@ -260,10 +271,12 @@ std::tuple<Tensor, Tensor, Tensor> preference_loss(const Tensor& chosen, const T
 std::tuple<Tensor, Tensor, Tensor> preference_loss_backward(
     const Tensor& grad_losses, const Tensor& chosen, const Tensor& rejected, const OptionalTensor& ref_chosen,
     const OptionalTensor& ref_rejected, const OptionalTensor& neg_log_dispersion, int64_t link, double beta,
-    double gamma, double label_smoothing, bool robust, double smoothing) {
+    double gamma, double label_smoothing, bool robust, double smoothing, double focal_gamma, bool clip_rejected,
+    int64_t divergence, double divergence_alpha, double discopop_tau) {
   Inputs inputs{chosen, {}}, grads{grad_losses, {}};
-  PairArgs args = pair_args(inputs, chosen, rejected, ref_chosen, ref_rejected, neg_log_dispersion, link, beta, gamma,
-                            label_smoothing, robust, smoothing);
+  PairArgs args = pair_args(inputs, chosen, rejected, ref_chosen, ref_rejected, neg_log_dispersion,
+                            objective_of(link, beta, gamma, label_smoothing, robust, smoothing, focal_gamma,
+                                         clip_rejected, divergence, divergence_alpha, discopop_tau));
   STD_TORCH_CHECK(same_shape(chosen, grad_losses) && grad_losses.scalar_type() == accumulator_of(chosen) &&
                       grad_losses.device() == chosen.device(),
                   "grad_losses must be like the losses");
@@ -348,15 +361,17 @@ STABLE_TORCH_LIBRARY(mallowspo, m) {
       "token_stats_backward_tile(Tensor(a!) logits, Tensor? grad_logps, Tensor? grad_entropy, Tensor labels,"
       " Tensor entropy, Tensor row_max, Tensor log_sum, int first_entry, int entries, int ignore_index,"
       " float temperature) -> ()");
-  // all [B]; `link` is mallowspo._C.Link
+  // all [B]; `link` is mallowspo._C.Link, `divergence` mallowspo._C.Divergence; the gradients are those in the log-ratios
   m.def(
       "preference_loss(Tensor chosen_logps, Tensor rejected_logps, Tensor? ref_chosen_logps, Tensor? ref_rejected_logps,"
       " Tensor? neg_log_dispersion, int link, float beta, float gamma, float label_smoothing, bool robust,"
-      " float smoothing) -> (Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards)");
+      " float smoothing, float focal_gamma, bool clip_rejected, int divergence, float divergence_alpha,"
+      " float discopop_tau) -> (Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards)");
   m.def(
       "preference_loss_backward(Tensor grad_losses, Tensor chosen_logps, Tensor rejected_logps, Tensor? ref_chosen_logps,"
       " Tensor? ref_rejected_logps, Tensor? neg_log_dispersion, int link, float beta, float gamma,"
-      " float label_smoothing, bool robust, float smoothing)"
+      " float label_smoothing, bool robust, float smoothing, float focal_gamma, bool clip_rejected, int divergence,"
+      " float divergence_alpha, float discopop_tau)"
       " -> (Tensor grad_chosen, Tensor grad_rejected, Tensor grad_dispersion)");
   // margin and neg_log_dispersion of one shape
   m.def("mallows_log_prob(Tensor margin, Tensor neg_log_dispersion, float smoothing) -> Tensor log_probs");

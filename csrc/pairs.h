@@ -30,11 +30,11 @@ template <class T>
 MALLOWSPO_FN void preference_loss_at(const PairArgs& args, int64_t i) {
   const double won = element<T>(args.chosen, i) - element<T>(args.ref_chosen, i);
   const double lost = element<T>(args.rejected, i) - element<T>(args.ref_rejected, i);
-  const PairLoss pair = pair_loss(won - lost, checked_dispersion(element<T>(args.dispersion, i)), args.objective);
+  const PairLoss pair = pair_loss(won, lost, checked_dispersion(element<T>(args.dispersion, i)), args.objective);
   if (args.grad_losses) {
     const double g = element<T>(args.grad_losses, i);
-    set_element<T>(args.grad_chosen, i, g * pair.d_margin);
-    set_element<T>(args.grad_rejected, i, -g * pair.d_margin);
+    set_element<T>(args.grad_chosen, i, g * pair.d_chosen);
+    set_element<T>(args.grad_rejected, i, g * pair.d_rejected);
     set_element<T>(args.grad_dispersion, i, g * pair.d_dispersion);
   } else {
     set_element<T>(args.losses, i, pair.loss);

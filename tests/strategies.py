@@ -22,7 +22,7 @@ def to_float32(x: float) -> float:
     return torch.tensor(x, dtype=torch.float32).item()
 
 
-links = st.sampled_from(reference.LINKS)
+links = st.sampled_from(reference.TORCH_LINKS)  # the others read other options: pair_choices
 smoothings = st.sampled_from([0.0, 0.25, 1.0, 2.0])
 loss_options = st.fixed_dictionaries(
     {
@@ -33,6 +33,26 @@ loss_options = st.fixed_dictionaries(
         "smoothing": st.sampled_from([0.25, 1.0]),
     }
 )
+
+
+@st.composite
+def pair_choices(draw):
+    """Keyword arguments of preference_loss that go together, of every link and every choice."""
+    link, beta = draw(st.sampled_from(reference.LINKS)), draw(st.sampled_from([0.01, 0.1, 1.0]))
+    options = {"link": link, "beta": beta}
+    if link in reference.SEPARATE_LINKS:
+        return options
+    options |= {"gamma": draw(st.sampled_from([0.0, 0.25]))}
+    options |= {"divergence": draw(st.sampled_from(["reverse-kl", "reverse-kl", "forward-kl", "js", "alpha"]))}
+    options |= {"divergence_alpha": draw(st.sampled_from([-1.0, 0.5, 1.0, 1.5]))}
+    options |= {"smoothing": draw(st.sampled_from([0.25, 1.0])), "discopop_tau": draw(st.sampled_from([0.05, 0.5]))}
+    if link in ("exo", "mallows-exo"):
+        return options | {"label_smoothing": draw(st.sampled_from([1e-3, 0.1]))}
+    if draw(st.booleans()):
+        return options | {"label_smoothing": draw(st.sampled_from([0.1, 0.4])), "robust": draw(st.booleans())}
+    if link in reference.PROBABILITY_LINKS:
+        options |= {"focal_gamma": draw(st.sampled_from([0.0, 0.05, 1.0]))}
+    return options | {"clip_rejected": draw(st.booleans())}
 
 
 def dispersions(low: float = 1e-6, high: float = 1e3) -> st.SearchStrategy[float]:

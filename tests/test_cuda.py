@@ -170,12 +170,34 @@ def test_preference_loss(dtype, link, count):
     generator = torch.Generator().manual_seed(0)
     logps = [(-20 * torch.rand(count, generator=generator)).to(dtype) for _ in range(4)]
     dispersion = [torch.rand(count, generator=generator).to(dtype)] if link in reference.DISPERSION_LINKS else []
+    options = {"label_smoothing": 0.1} if link in reference.MARGIN_LINKS else {}
 
     def function(*tensors):
         a = tensors[4] if dispersion else None
-        return F.preference_loss(*tensors[:4], neg_log_dispersion=a, link=link, label_smoothing=0.1)
+        return F.preference_loss(*tensors[:4], neg_log_dispersion=a, link=link, **options)
 
     assert_same(on_both_devices(function, *logps, *dispersion))
+
+
+CHOICES = [
+    {"focal_gamma": 0.5, "link": "mallows-phi"},
+    {"focal_gamma": 0.5, "clip_rejected": True},
+    {"divergence": "js"},
+    {"divergence": "alpha", "divergence_alpha": 0.7},
+]
+
+
+@dtypes
+@pytest.mark.parametrize("options", CHOICES, ids=str)
+def test_preference_loss_choices(dtype, options):
+    generator = torch.Generator().manual_seed(0)
+    logps = [(-20 * torch.rand(1000, generator=generator)).to(dtype) for _ in range(4)]
+    dispersion = torch.rand(1000, generator=generator).to(dtype)
+
+    def function(*tensors):
+        return F.preference_loss(*tensors[:4], neg_log_dispersion=tensors[4], **options)
+
+    assert_same(on_both_devices(function, *logps, dispersion))
 
 
 @dtypes

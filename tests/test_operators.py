@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from mallowspo import choices, reference
 from mallowspo import functional as F
-from mallowspo import reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
@@ -86,11 +86,14 @@ def test_opcheck_token_stats_backward(dtype, present):
 
 @dtypes
 @pytest.mark.parametrize("with_reference", [True, False])
-@pytest.mark.parametrize("link", [0, 1])
+@pytest.mark.parametrize("link", ["bradley-terry", "mallows-theta", "apo-down"])
 def test_opcheck_preference_loss(dtype, with_reference, link):
     chosen, rejected, *references, dispersion = five_logps(dtype)
     references = references if with_reference else (None, None)
-    arguments = chosen, rejected, *references, dispersion if link else None, link, 0.1, 0.0, 0.1, False, 1.0
+    dispersion = dispersion if link == "mallows-theta" else None
+    options = {"link": link, "label_smoothing": 0.0 if link == "apo-down" else 0.1}
+    settings = choices.operator_settings(**choices.PAIR_CHOICES | options)
+    arguments = chosen, rejected, *references, dispersion, *settings
     torch.library.opcheck(ops.preference_loss, arguments)
     grad = torch.ones(4, dtype=result_dtype(dtype))
     torch.library.opcheck(ops.preference_loss_backward, (grad, *arguments))
@@ -113,7 +116,7 @@ def test_operators_refuse_what_they_could_not_read():
     logits, labels = logits_and_labels()
     logps, *saved = ops.token_stats(logits, labels, -100, 1.0)
     five = five_logps()
-    settings = 1, 0.1, 0.0, 0.0, False, 1.0
+    settings = choices.operator_settings(**choices.PAIR_CHOICES)
     bad_calls = {
         "labels must have the shape": (ops.token_stats, (logits, labels[:1], -100, 1.0)),
         "labels must be int64": (ops.token_stats, (logits, labels.int(), -100, 1.0)),
@@ -138,7 +141,8 @@ def test_operators_refuse_what_they_could_not_read():
             (*five[:2], five[2].double(), *five[3:], *settings),
         ),
         "needs neg_log_dispersion": (ops.preference_loss, (*five[:4], None, *settings)),
-        "unknown link 7": (ops.preference_loss, (*five, 7, *settings[1:])),
+        "unknown link 16": (ops.preference_loss, (*five, 16, *settings[1:])),
+        "unknown divergence 2": (ops.preference_loss, (*five, *settings[:8], 2, *settings[9:])),
         "grad_losses must be like": (
             ops.preference_loss_backward,
             (five[0].unsqueeze(-1)[:, :0], *five, *settings),
@@ -241,7 +245,7 @@ def test_one_graph_serves_every_batch_size():
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("link", reference.LINKS)
+@pytest.mark.parametrize("link", reference.TORCH_LINKS)
 def test_compile_every_link(link):
     chosen, rejected, *references, dispersion = five_logps()
     dispersion = dispersion if link in reference.DISPERSION_LINKS else None

@@ -156,8 +156,9 @@ def test_torch_preference_loss(pair, link, kwargs):
     assert [x.item() for x in rewards] == [expected.chosen_reward, expected.rejected_reward]
     assert not any(x.requires_grad for x in rewards)
     gradients = [x.item() for x in torch.autograd.grad(losses, inputs, allow_unused=True, materialize_grads=True)]
-    g = expected.grad_margin
-    assert gradients == pytest.approx([g, -g, -g, g, expected.grad_neg_log_dispersion], rel=1e-6, abs=1e-8)
+    g, g_rejected = expected.grad_chosen, expected.grad_rejected
+    right = [g, g_rejected, -g, -g_rejected, expected.grad_neg_log_dispersion]
+    assert gradients == pytest.approx(right, rel=1e-6, abs=1e-8)
 
 
 def test_torch_preference_loss_without_reference():

@@ -77,8 +77,9 @@ class PreferenceLossFunction(torch.autograd.Function):
     def backward(ctx, grad_losses, _chosen_rewards, _rejected_rewards):
         tensors = ctx.saved_tensors
         chosen, rejected, dispersion = ops.preference_loss_backward(grad_losses, *tensors, *ctx.settings)
-        grads = chosen, rejected, rejected, chosen, dispersion  # a reference's has the other sign
-        needed = zip(grads, tensors, ctx.needs_input_grad, strict=False)
+        grads = chosen, rejected, chosen, rejected, dispersion
+        signed = [grad.neg() if i in (2, 3) and ctx.needs_input_grad[i] else grad for i, grad in enumerate(grads)]
+        needed = zip(signed, tensors, ctx.needs_input_grad, strict=False)  # a reference's has the other sign
         grads = [grad.to(tensor.dtype) if wanted else None for grad, tensor, wanted in needed]
         return *grads, *(None for _ in ctx.settings)
 

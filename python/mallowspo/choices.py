@@ -7,23 +7,101 @@ import math
 
 from mallowspo import _C
 
-# The links by name, and those that read the neg-log dispersion: plain values, so that torch.compile traces past them.
+# The links by name; those that read the neg-log dispersion, those that are functions of one margin, and those whose
+# likelihood is the logarithm of a probability. Plain values, so that torch.compile traces past them.
 LINKS = {link.name.replace("_", "-"): int(link) for link in _C.Link}
 MALLOWS_LINKS = frozenset(name for name, value in LINKS.items() if _C.uses_dispersion(_C.Link(value)))
+MARGIN_LINKS = frozenset(name for name, value in LINKS.items() if _C.has_margin(_C.Link(value)))
+PROBABILITY_LINKS = ("bradley-terry", "mallows-theta", "mallows-phi")
+EXO_LINKS = ("exo", "mallows-exo")
+DISCOPOP_LINKS = ("discopop", "mallows-discopop")
 
-# The keyword arguments of preference_loss after the tensors, in the order of the operator's.
-PAIR_CHOICES = ("link", "beta", "gamma", "label_smoothing", "robust", "smoothing")
+# The divergences by name: the operator's enum, and the alpha that it stands for where that is fixed.
+DIVERGENCES = {
+    "reverse-kl": (_C.Divergence.alpha, 1.0),
+    "forward-kl": (_C.Divergence.alpha, 0.0),
+    "js": (_C.Divergence.jensen_shannon, 1.0),
+    "alpha": (_C.Divergence.alpha, None),
+}
+
+# The keyword arguments of preference_loss after the tensors, with their defaults, in the order of the operator's.
+PAIR_CHOICES = {
+    "link": "mallows-theta",
+    "beta": 0.1,
+    "gamma": 0.0,
+    "label_smoothing": 0.0,
+    "robust": False,
+    "smoothing": 1.0,
+    "focal_gamma": 0.0,
+    "clip_rejected": False,
+    "divergence": "reverse-kl",
+    "divergence_alpha": 0.5,
+    "discopop_tau": 0.05,
+}
 
 
-def check_pair_choices(link, beta, gamma, label_smoothing, robust, smoothing):
-    """ValueError for a choice that does not exist, a number out of its range, or two choices that cannot both be."""
+def operator_settings(
+    link,
+    beta,
+    gamma,
+    label_smoothing,
+    robust,
+    smoothing,
+    focal_gamma,
+    clip_rejected,
+    divergence,
+    divergence_alpha,
+    discopop_tau,
+):
+    """The choices as the operator takes them.
+
+    Raises:
+        ValueError: a choice that does not exist, a number out of its range, or two choices that cannot both be.
+    """
     check_choice("link", link, LINKS)
+    check_choice("divergence", divergence, DIVERGENCES)
     check_positive("beta", beta)
-    if not -math.inf < gamma < math.inf:
-        raise ValueError(f"gamma must be finite, got {gamma}")
+    check_finite("gamma", gamma)
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
     check_smoothing(smoothing)
+    if not 0 <= focal_gamma < math.inf:
+        raise ValueError(f"focal_gamma must be finite and >= 0, got {focal_gamma}")
+    check_finite("divergence_alpha", divergence_alpha)
+    check_positive("discopop_tau", discopop_tau)
+
+    if link not in MARGIN_LINKS:
+        given = {"gamma": gamma, "label_smoothing": label_smoothing, "clip_rejected": clip_rejected}
+        for name, value in (given | {"divergence": divergence}).items():
+            if value != PAIR_CHOICES[name]:
+                raise ValueError(f"{name}={value!r} changes a margin, and the link {link!r} has none; leave it out")
+    if focal_gamma and link not in PROBABILITY_LINKS:
+        raise ValueError(
+            f"focal_gamma={focal_gamma} is a power of a probability, which the link {link!r} does not give; "
+            f"choose link from {', '.join(PROBABILITY_LINKS)}"
+        )
+    for name, value in (("focal_gamma", focal_gamma), ("clip_rejected", clip_rejected)):
+        if value and label_smoothing:
+            raise ValueError(f"{name} has no meaning for the flipped pair of label_smoothing; leave one of them at 0")
+    if link in EXO_LINKS and (robust or not label_smoothing):
+        raise ValueError(
+            f"the link {link!r} reads label_smoothing as the rejected response's target probability: "
+            f"label_smoothing must be > 0 (1e-3, say) and robust False, got {label_smoothing} and {robust}"
+        )
+    kind, alpha = DIVERGENCES[divergence]
+    return (
+        LINKS[link],
+        float(beta),
+        float(gamma),
+        float(label_smoothing),
+        bool(robust),
+        float(smoothing),
+        float(focal_gamma),
+        bool(clip_rejected),
+        int(kind),
+        float(divergence_alpha if alpha is None else alpha),
+        float(discopop_tau),
+    )
 
 
 def check_choice(name, value, choices):
@@ -34,6 +112,11 @@ def check_choice(name, value, choices):
 def check_positive(name, value):
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be finite and positive, got {value}")
+
+
+def check_finite(name, value):
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def check_smoothing(smoothing):

@@ -21,7 +21,8 @@ from mallowspo.autograd import (
     TokenStatsFunction,
     accumulator_dtype,
 )
-from mallowspo.choices import LINKS, MALLOWS_LINKS, check_pair_choices, check_positive, check_smoothing
+from mallowspo.choices import LINKS as LINKS
+from mallowspo.choices import MALLOWS_LINKS, check_positive, check_smoothing, operator_settings
 from mallowspo.linear import LinearTokenStatsFunction
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -267,18 +268,32 @@ def preference_loss(
     label_smoothing=0.0,
     robust=False,
     smoothing=1.0,
+    focal_gamma=0.0,
+    clip_rejected=False,
+    divergence="reverse-kl",
+    divergence_alpha=0.5,
+    discopop_tau=0.05,
 ):
     """The loss of each preference pair: -log-likelihood of the margin under a link.
 
-    h = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps), z = beta h - gamma, and the loss is
+    r_w = chosen_logps - ref_chosen_logps, r_l likewise, z = beta (r_w - r_l) - gamma, and the loss is
     -(1 - label_smoothing) ll(z) - label_smoothing ll(-z), with ll by `link`:
 
     - ``bradley-terry``: log sigmoid(z) (DPO, arXiv 2305.18290);
     - ``ipo``: -(z - 1/2)^2, which is beta^2 times (h - 1/(2 beta))^2 (arXiv 2310.12036);
     - ``hinge``: -max(0, 1 - z);
-    - ``mallows-theta``, ``mallows-ipo``, ``mallows-hinge``: the same of 2 a z, a the neg-log dispersion (arXiv
-      2405.14953);
+    - ``exo``: -KL(sigmoid(z) || 1 - label_smoothing), without the mixing above (arXiv 2402.00856);
+    - ``discopop``: -(1 - m) softplus(-z) - m e^-z, m = sigmoid(z / discopop_tau) (arXiv 2406.08414);
+    - ``mallows-theta``, ``mallows-ipo``, ``mallows-hinge``, ``mallows-exo``, ``mallows-discopop``: the same of 2 a z,
+      a the neg-log dispersion (arXiv 2405.14953; the first is ``bradley-terry``'s);
     - ``mallows-phi``: log g(z; a), see :func:`mallows_log_prob`.
+
+    Links without a margin, of x_w = beta r_w and x_l = beta r_l; s is the sigmoid:
+
+    - ``sppo``: (x_w - 1/2)^2 + (x_l + 1/2)^2, which is beta^2 times the paper's (arXiv 2405.00675);
+    - ``nca``: -log s(x_w) - (log s(-x_w) + log s(-x_l)) / 2 (arXiv 2402.05369);
+    - ``bco``: -log s(x_w) - log s(-x_l), without the paper's shift of the rewards (arXiv 2404.04656);
+    - ``apo-zero``: s(-x_w) + s(x_l); ``apo-down``: s(x_w) + s(x_l - x_w) (arXiv 2408.06266).
 
     Args:
         chosen_logps, rejected_logps: [B] (any one shape), log-probabilities of the two responses, summed or averaged
@@ -289,6 +304,13 @@ def preference_loss(
         label_smoothing: in [0, 1/2), the assumed share of flipped labels.
         robust: divide out the smoothing's bias instead: (-(1 - e) ll(z) + e ll(-z)) / (1 - 2 e) (arXiv 2403.00409).
         smoothing: see :func:`mallows_log_prob`; read by ``mallows-phi`` alone.
+        focal_gamma: >= 0, FocalPO: the loss is -p^focal_gamma log p, p the probability that the link gives; the power
+            is differentiated, so the gradient turns where log p < -1 / focal_gamma (arXiv 2501.06645).
+        clip_rejected: MinorDPO: r_l counts only where it is positive (arXiv 2408.09834).
+        divergence: what regularises: "reverse-kl" (DPO), "forward-kl", "js" or "alpha". r_w and r_l become s(r), with
+            s(r) = 1 - e^-r; log 2 + log sigmoid(r); (e^((A - 1) r) - 1) / (A - 1), A = divergence_alpha, constant
+            where (A - 1) r > 80 (f-DPO, arXiv 2309.16240).
+        discopop_tau: > 0, read by the discopop links alone.
 
     Returns:
         PreferenceLoss(losses, chosen_rewards, rejected_rewards), all [B], float32 (float64 for float64). The losses
@@ -296,14 +318,18 @@ def preference_loss(
 
     Raises:
         TypeError: dtypes that disagree. ValueError: shapes or devices that disagree, an unknown link, one reference
-            without the other, a missing or superfluous dispersion, a number out of its range.
+            without the other, a missing or superfluous dispersion, a number out of its range, choices that exclude
+            each other.
     """
     tensors = {"chosen_logps": chosen_logps, "rejected_logps": rejected_logps}
     if (ref_chosen_logps is None) != (ref_rejected_logps is None):
         raise ValueError("ref_chosen_logps and ref_rejected_logps come together: give both, or neither")
     if ref_chosen_logps is not None:
         tensors |= {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
-    check_pair_choices(link, beta, gamma, label_smoothing, robust, smoothing)
+    settings = operator_settings(
+        link, beta, gamma, label_smoothing, robust, smoothing, focal_gamma, clip_rejected, divergence,
+        divergence_alpha, discopop_tau,
+    )  # fmt: skip
     if (link in MALLOWS_LINKS) != (neg_log_dispersion is not None):
         raise ValueError(
             f"link {link!r} needs neg_log_dispersion"
@@ -315,12 +341,8 @@ def preference_loss(
     for name, tensor in tensors.items():
         _check_tensor(name, tensor, DTYPES)
     _check_alike(**tensors)
-    return PreferenceLoss(
-        *PreferenceLossFunction.apply(
-            chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, neg_log_dispersion,
-            LINKS[link], float(beta), float(gamma), float(label_smoothing), bool(robust), float(smoothing),
-        )
-    )  # fmt: skip
+    logps = chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
+    return PreferenceLoss(*PreferenceLossFunction.apply(*logps, neg_log_dispersion, *settings))
 
 
 def _check_tensor(name, tensor, dtypes):

@@ -5,14 +5,28 @@ them, ``dataclasses.replace`` changes them.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 from mallowspo import functional as F
-from mallowspo.choices import MALLOWS_LINKS, PAIR_CHOICES, check_choice, check_pair_choices
+from mallowspo.choices import (
+    DISCOPOP_LINKS,
+    MALLOWS_LINKS,
+    MARGIN_LINKS,
+    PAIR_CHOICES,
+    check_choice,
+    operator_settings,
+)
 from mallowspo.family import FAMILY
 
 TOKEN_WEIGHTS = ("uniform", "mean")
+# Fields that one choice alone reads: another value of theirs would be silently ignored under any other choice.
+READ_BY = {
+    "smoothing": ("link", ("mallows-phi",)),
+    "discopop_tau": ("link", DISCOPOP_LINKS),
+    "divergence_alpha": ("divergence", ("alpha",)),
+}
 
 
 @dataclass(frozen=True)
@@ -30,10 +44,19 @@ class PreferenceObjective:
         label_smoothing: assumed share of flipped labels, in [0, 1/2): conservative DPO.
         robust: make the label smoothing robust DPO's unbiased one.
         smoothing: half-width of the smoothed part of the mallows-phi link, in units of the margin.
+        focal_gamma: FocalPO's power of the pair's probability, >= 0; warns where it is so large that the gradient
+            points the wrong way at the first step.
+        clip_rejected: MinorDPO's reject penalty: the rejected log-ratio counts only where it is positive.
+        divergence, divergence_alpha: f-DPO's divergence from the reference: "reverse-kl", "forward-kl", "js", "alpha".
+        discopop_tau: the temperature of the discopop links, > 0.
+        reference_mixing: RainbowPO's alpha in [0, 1]: reference log-probabilities count alpha times, gamma
+            (1 - alpha) times; None leaves both as they are.
         sft_weight: >= 0, adds this times the chosen response's negative log-likelihood per token.
 
+    The fields that describe a pair's loss are the arguments of ``mallowspo.functional.preference_loss``.
+
     Raises:
-        ValueError: an unknown choice or a number out of its range, with what is allowed.
+        ValueError: an unknown choice, a number out of its range, or two fields that do not go together.
     """
 
     link: str = "mallows-theta"
@@ -44,26 +67,67 @@ class PreferenceObjective:
     label_smoothing: float = 0.0
     robust: bool = False
     smoothing: float = 1.0
+    focal_gamma: float = 0.0
+    clip_rejected: bool = False
+    divergence: Literal["reverse-kl", "forward-kl", "js", "alpha"] = "reverse-kl"
+    divergence_alpha: float = 0.5
+    discopop_tau: float = 0.05
+    reference_mixing: float | None = None
     sft_weight: float = 0.0
 
     def __post_init__(self):
-        check_pair_choices(**self._pair_choices)
+        operator_settings(**self._pair_choices)
         check_choice("token_weights", self.token_weights, TOKEN_WEIGHTS)
         if not (math.isfinite(self.sft_weight) and self.sft_weight >= 0):
             raise ValueError(f"sft_weight must be finite and >= 0, got {self.sft_weight}")
-        if self.smoothing != 1 and self.link != "mallows-phi":
-            raise ValueError(
-                f"smoothing={self.smoothing} is read by the link 'mallows-phi' alone, not by {self.link!r}"
-            )
+        if not (self.reference_mixing is None or 0 <= self.reference_mixing <= 1):
+            raise ValueError(f"reference_mixing must be None or in [0, 1], got {self.reference_mixing}")
+        for name, (choice, readers) in READ_BY.items():
+            if getattr(self, name) != PAIR_CHOICES[name] and getattr(self, choice) not in readers:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is read by {choice} {' and '.join(map(repr, readers))} alone, "
+                    f"not by {getattr(self, choice)!r}"
+                )
         if self.robust and self.label_smoothing == 0:
             raise ValueError(
                 "robust=True corrects label_smoothing, which is 0; set label_smoothing > 0 or robust=False"
             )
+        for name, why, excluded in self._exclusions():
+            for other in excluded:
+                if getattr(self, other) != getattr(PreferenceObjective, other):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} {why}, so it does not go with {other}="
+                        f"{getattr(self, other)!r}; leave one of them out"
+                    )
+        # The gradient turns where log p < -1 / focal_gamma; at pi = ref the margin is -gamma (for theta, at 2a = 1).
+        initial_loss = max(self._offset, 0) + math.log1p(math.exp(-abs(self._offset)))
+        if self.focal_gamma * initial_loss >= 1:
+            warnings.warn(
+                f"focal_gamma={self.focal_gamma} is at least {1 / initial_loss:.3g}: at the first step every gradient "
+                "is zero or points the wrong way; take one well below, 0.05 say",
+                stacklevel=3,
+            )
+
+    def _exclusions(self):
+        """(field, what it is about, fields that must keep their default) of the fields that are set."""
+        if self.link not in MARGIN_LINKS:
+            yield "link", "compares each response with the reference", ("reference_free", "reference_mixing")
+        if self.clip_rejected:
+            yield "clip_rejected", "clips at the reference's log-probability", ("reference_free", "reference_mixing")
+        if self.divergence != "reverse-kl":
+            excluded = ("token_weights", "reference_free", "reference_mixing")
+            yield "divergence", "is between whole responses of the policy and of the reference", excluded
+        if self.reference_free:
+            yield "reference_free", "leaves the reference out", ("reference_mixing",)
 
     @property
     def uses_dispersion(self):
         """Whether each pair needs a neg-log dispersion."""
         return self.link in MALLOWS_LINKS
+
+    @property
+    def _offset(self):
+        return self.gamma if self.reference_mixing is None else (1 - self.reference_mixing) * self.gamma
 
     @property
     def _pair_choices(self):
@@ -91,7 +155,7 @@ class PreferenceObjective:
         loss = F.preference_loss(
             *(half for score in self._scores(logps, num_tokens, ref_logps) for half in score.chunk(2)),
             neg_log_dispersion=neg_log_dispersion,
-            **self._pair_choices,
+            **self._pair_choices | {"gamma": self._offset},
         )
         if self.sft_weight:
             nll = -(logps / num_tokens).chunk(2)[0]
@@ -104,6 +168,8 @@ class PreferenceObjective:
         scores = [logps] if ref_logps is None else [logps, ref_logps]
         if self.token_weights == "mean":
             scores = [score / num_tokens for score in scores]
+        if self.reference_mixing is not None:
+            scores[1] = self.reference_mixing * scores[1]
         return scores
 
 

@@ -4,8 +4,8 @@ The first part is pure Python, one row or one pair at a time, with every derivat
 being obviously right over speed; the Mallows link is evaluated in `decimal` with enough digits that no formula needs
 a stable rearrangement. The second part (`torch_*`) is the same in eager PyTorch, differentiable by autograd.
 
-Notation: h is the log-ratio of the chosen response minus that of the rejected one, z = beta h - gamma the margin and
-a = -log phi >= 0 the neg-log dispersion.
+Notation: r_w and r_l are the log-ratios of the chosen and of the rejected response, z = beta (r_w - r_l) - gamma the
+margin and a = -log phi >= 0 the neg-log dispersion.
 """
 
 import decimal
@@ -32,14 +32,14 @@ class TokenStats(NamedTuple):
 class PairLoss(NamedTuple):
     """Loss of one pair, its implicit rewards, and the derivatives of the loss.
 
-    `grad_margin` is d loss / d chosen_logp: minus it for rejected_logp and ref_chosen_logp, itself for
-    ref_rejected_logp.
+    `grad_chosen` and `grad_rejected` are those in chosen_logp and rejected_logp, minus those in the references'.
     """
 
     loss: float
     chosen_reward: float
     rejected_reward: float
-    grad_margin: float
+    grad_chosen: float
+    grad_rejected: float
     grad_neg_log_dispersion: float
 
 
@@ -178,17 +178,37 @@ def _hinge(x: float) -> tuple[float, float]:
     return -max(0.0, 1.0 - x), 1.0 if x < 1.0 else 0.0
 
 
-# Log-likelihood and slope of each host link, and whether its argument is z or the plug-in 2 a z.
-_HOSTS = {
-    "bradley-terry": (_logistic, False),
-    "mallows-theta": (_logistic, True),
-    "ipo": (_squared, False),
-    "mallows-ipo": (_squared, True),
-    "hinge": (_hinge, False),
-    "mallows-hinge": (_hinge, True),
-}
-LINKS = (*_HOSTS, "mallows-phi")
-DISPERSION_LINKS = ("mallows-theta", "mallows-ipo", "mallows-hinge", "mallows-phi")
+def _exo(x: float, eps: float) -> tuple[float, float]:
+    (log_p, q), (log_q, p) = _logistic(x), _logistic(-x)
+    log_keep, log_swap = math.log(1 - eps), math.log(eps)
+    return -p * (log_p - log_keep) - q * (log_q - log_swap), -p * q * (x - (log_keep - log_swap))
+
+
+def _discopop(x: float, tau: float) -> tuple[float, float]:
+    log_m, rest = _logistic(x / tau)
+    m, (win, slope) = math.exp(log_m), _logistic(x)
+    exponential = math.exp(log_m - x) if log_m - x < 700 else math.inf
+    d_m = m * rest / tau
+    return rest * win - exponential, rest * slope - d_m * win - exponential * (rest / tau - 1)
+
+
+# The margin links whose argument is z, and the same with the plug-in, 2 a z.
+_HOSTS = ("bradley-terry", "ipo", "hinge", "exo", "discopop")
+_PLUG_INS = {"mallows-theta" if host == "bradley-terry" else f"mallows-{host}": host for host in _HOSTS}
+DISPERSION_LINKS = (*_PLUG_INS, "mallows-phi")
+MARGIN_LINKS = (*_HOSTS, *DISPERSION_LINKS)
+SEPARATE_LINKS = ("sppo", "nca", "bco", "apo-zero", "apo-down")
+LINKS = (*MARGIN_LINKS, *SEPARATE_LINKS)
+# Those whose likelihood is a probability's, which is what the focal modulation takes a power of.
+PROBABILITY_LINKS = ("bradley-terry", "mallows-theta", "mallows-phi")
+
+
+def _host_likelihood(host: str, x: float, label_smoothing: float, discopop_tau: float) -> tuple[float, float]:
+    if host == "exo":
+        return _exo(x, label_smoothing)
+    if host == "discopop":
+        return _discopop(x, discopop_tau)
+    return {"bradley-terry": _logistic, "ipo": _squared, "hinge": _hinge}[host](x)
 
 
 def _check_link(link: str, a: object) -> None:
@@ -205,16 +225,60 @@ def _mixing_weights(label_smoothing: float, robust: bool) -> tuple[float, float]
     return 1 - label_smoothing, label_smoothing
 
 
-def log_likelihood(link: str, z: float, a: float | None = None, smoothing: float = 1.0) -> tuple[float, float, float]:
-    """Log-likelihood ll(z) that the chosen response wins, with its derivatives in z and in a."""
+def log_likelihood(
+    link: str,
+    z: float,
+    a: float | None = None,
+    smoothing: float = 1.0,
+    *,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
+    discopop_tau: float = 0.05,
+) -> tuple[float, float, float]:
+    """Log-likelihood ll(z) that the chosen response wins, with its derivatives in z and in a.
+
+    With focal_gamma, p^focal_gamma log p. label_smoothing is read by the exo links, discopop_tau by discopop's.
+    """
     _check_link(link, a)
     if link == "mallows-phi":
-        return mallows_log_prob(z, a, smoothing)
-    host, plug_in = _HOSTS[link]
-    if not plug_in:
-        return *host(z), 0.0
-    value, slope = host(2 * a * z)
-    return value, 2 * a * slope, 2 * z * slope
+        out = mallows_log_prob(z, a, smoothing)
+    elif link in _PLUG_INS:
+        value, slope = _host_likelihood(_PLUG_INS[link], 2 * a * z, label_smoothing, discopop_tau)
+        out = value, 2 * a * slope, 2 * z * slope
+    else:
+        out = *_host_likelihood(link, z, label_smoothing, discopop_tau), 0.0
+    if focal_gamma == 0:
+        return out
+    log_p, p_z, p_a = out
+    p = math.exp(focal_gamma * log_p)
+    return p * log_p, p * (1 + focal_gamma * log_p) * p_z, p * (1 + focal_gamma * log_p) * p_a
+
+
+def score(r: float, divergence: str = "reverse-kl", alpha: float = 0.5) -> tuple[float, float]:
+    """f'(e^r) of the divergence, zero at r = 0, with its derivative; constant where its exponent exceeds 80."""
+    if divergence == "reverse-kl" or (divergence == "alpha" and alpha == 1):
+        return r, 1.0
+    if divergence == "js":
+        log_p, slope = _logistic(r)
+        return math.log(2) + log_p, slope
+    k = {"forward-kl": 0.0, "alpha": alpha}[divergence] - 1
+    return math.expm1(min(k * r, 80.0)) / k, math.exp(k * r) if k * r < 80 else 0.0
+
+
+def _separate_loss(link: str, x_w: float, x_l: float) -> tuple[float, float, float]:
+    """Loss and derivatives in x_w and x_l of the links that are sums over the two responses."""
+    (log_w, not_w), (log_not_w, is_w) = _logistic(x_w), _logistic(-x_w)
+    (_, not_l), (log_not_l, is_l) = _logistic(x_l), _logistic(-x_l)
+    if link == "sppo":
+        return (x_w - 0.5) ** 2 + (x_l + 0.5) ** 2, 2 * (x_w - 0.5), 2 * (x_l + 0.5)
+    if link == "nca":
+        return -log_w - log_not_w / 2 - log_not_l / 2, -not_w + is_w / 2, is_l / 2
+    if link == "bco":
+        return -log_w - log_not_l, -not_w, is_l
+    if link == "apo-zero":
+        return not_w + is_l, -is_w * not_w, is_l * not_l
+    (_, lose), (_, win) = _logistic(x_w - x_l), _logistic(x_l - x_w)
+    return is_w + lose, is_w * not_w - win * lose, win * lose
 
 
 def preference_loss(
@@ -230,22 +294,41 @@ def preference_loss(
     label_smoothing: float = 0.0,
     robust: bool = False,
     smoothing: float = 1.0,
+    focal_gamma: float = 0.0,
+    clip_rejected: bool = False,
+    divergence: str = "reverse-kl",
+    divergence_alpha: float = 0.5,
+    discopop_tau: float = 0.05,
 ) -> PairLoss:
     """Loss of one pair: -(1 - eps) ll(z) - eps ll(-z), or its robust (unbiased) form with eps the label smoothing.
 
     Raises:
         ValueError: for an unknown link, or a Mallows link without a dispersion.
     """
+    _check_link(link, neg_log_dispersion)
     chosen, rejected = chosen_logp - ref_chosen_logp, rejected_logp - ref_rejected_logp
-    z = beta * (chosen - rejected) - gamma
-    win, win_z, win_a = log_likelihood(link, z, neg_log_dispersion, smoothing)
-    flip, flip_z, flip_a = log_likelihood(link, -z, neg_log_dispersion, smoothing)
-    keep, swap = _mixing_weights(label_smoothing, robust)
+    rewards = beta * chosen, beta * rejected
+    if link in SEPARATE_LINKS:
+        loss, on_chosen, on_rejected = _separate_loss(link, *rewards)
+        return PairLoss(loss, *rewards, beta * on_chosen, beta * on_rejected, 0.0)
+    s_w, slope_w = score(chosen, divergence, divergence_alpha)
+    s_l, slope_l = score(rejected, divergence, divergence_alpha)
+    if clip_rejected and s_l <= 0:
+        s_l, slope_l = 0.0, 0.0
+    z = beta * (s_w - s_l) - gamma
+    options = {"label_smoothing": label_smoothing, "focal_gamma": focal_gamma, "discopop_tau": discopop_tau}
+    keep, swap = (1, 0) if link in ("exo", "mallows-exo") else _mixing_weights(label_smoothing, robust)
+    win, win_z, win_a = log_likelihood(link, z, neg_log_dispersion, smoothing, **options)
+    flip, flip_z, flip_a = 0.0, 0.0, 0.0
+    if swap:
+        flip, flip_z, flip_a = log_likelihood(link, -z, neg_log_dispersion, smoothing, **options)
+    grad_margin = beta * (-keep * win_z + swap * flip_z)
     return PairLoss(
         loss=-keep * win - swap * flip,
-        chosen_reward=beta * chosen,
-        rejected_reward=beta * rejected,
-        grad_margin=beta * (-keep * win_z + swap * flip_z),
+        chosen_reward=rewards[0],
+        rejected_reward=rewards[1],
+        grad_chosen=grad_margin * slope_w,
+        grad_rejected=-grad_margin * slope_l,
         grad_neg_log_dispersion=-keep * win_a - swap * flip_a,
     )
 
@@ -290,6 +373,9 @@ def torch_mallows_log_prob(margin: Tensor, neg_log_dispersion: Tensor, smoothing
     return torch.where(z < 0, log_q, torch.log1p(-torch.exp(log_q)))
 
 
+TORCH_LINKS = ("bradley-terry", "mallows-theta", "mallows-phi", "ipo", "mallows-ipo", "hinge", "mallows-hinge")
+
+
 def torch_preference_loss(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -304,8 +390,10 @@ def torch_preference_loss(
     robust: bool = False,
     smoothing: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses, chosen_rewards, rejected_rewards) of pairs [B]; the rewards are detached."""
+    """(losses, chosen_rewards, rejected_rewards) of pairs [B]; the rewards are detached. For TORCH_LINKS alone."""
     _check_link(link, neg_log_dispersion)
+    if link not in TORCH_LINKS:
+        raise ValueError(f"torch_preference_loss knows {', '.join(TORCH_LINKS)}, not {link!r}")
     chosen = chosen_logps if ref_chosen_logps is None else chosen_logps - ref_chosen_logps
     rejected = rejected_logps if ref_rejected_logps is None else rejected_logps - ref_rejected_logps
     z = beta * (chosen - rejected) - gamma

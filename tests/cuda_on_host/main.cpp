@@ -176,7 +176,11 @@ void pair_case(DType dtype, int64_t count) {
           PairArgs args{};
           args.dtype = dtype;
           args.pairs = count;
-          args.objective = {static_cast<Link>(link), 0.1, 0.2, 0.1, smoothing, robust};
+          // the rarer choices on one of two runs each: every branch is compared
+          const double focal = smoothing == 0 ? 0.5 : 0, alpha = robust ? 0.7 : 1;
+          const auto divergence = smoothing == 1 && robust ? Divergence::jensen_shannon : Divergence::alpha;
+          args.objective = {static_cast<Link>(link), 0.1,   0.2,        0.1,   smoothing, robust,
+                            focal,                   robust, divergence, alpha, 0.05};
           args.chosen = inputs[0].data(), args.rejected = inputs[1].data();
           if (robust) args.ref_chosen = inputs[2].data(), args.ref_rejected = inputs[3].data();
           args.dispersion = inputs[4].data();
