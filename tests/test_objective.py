@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
-from torch.nn.functional import logsigmoid, relu
+from torch import sigmoid
+from torch.nn.functional import logsigmoid, relu, softplus
 
+from mallowspo import choices, reference
 from mallowspo import functional as F
-from mallowspo import reference
 from mallowspo.objective import PreferenceObjective, preset, presets
 
 B = 40
@@ -41,7 +43,35 @@ def formulas(logps, num_tokens, ref_logps, a):
     per_token = (pc - rc) / nc - (pr - rr) / nr
     simpo = 2.0 * (pc / nc - pr / nr - 0.5)  # gamma_beta_ratio 0.5
     win, lose = logsigmoid(0.1 * h), logsigmoid(-0.1 * h)
+    r_w, r_l = pc - rc, pr - rr
+    x, x_w, x_l = 0.1 * h, 0.1 * r_w, 0.1 * r_l
+    rainbow = 10 * (pc / nc - pr / nr - 0.25 * (rc / nc - rr / nr) - 0.75 * 0.1)
+
+    def dpo(s):
+        return -logsigmoid(0.1 * (s(r_w) - s(r_l)))
+
+    def rearranged(first, second):  # put back to the pair of the first
+        order = first.argsort()
+        return -logsigmoid(0.1 * (first[order] - second.sort().values))[order.argsort()]
+
     return {
+        "ln-dpo": -logsigmoid(10 * per_token),
+        "exo-pair": sigmoid(x) * (win - math.log(0.999)) + sigmoid(-x) * (lose - math.log(0.001)),
+        "discopop": -win * sigmoid(-x / 0.05) + torch.exp(-x) * sigmoid(x / 0.05),
+        "sppo-hard": 0.1**2 * ((r_w - 5) ** 2 + (r_l + 5) ** 2),
+        "nca-pair": softplus(-x_w) + softplus(x_w) / 2 + softplus(x_l) / 2,
+        "bco-pair": softplus(-x_w) + softplus(x_l),
+        "apo-zero": 1 - sigmoid(x_w) + sigmoid(x_l),
+        "apo-down": sigmoid(x_w) + 1 - sigmoid(x),
+        "rainbowpo": -logsigmoid(2 * a * rainbow),
+        "focal": -(sigmoid(x) ** 0.05) * win,
+        "minor": -logsigmoid(0.1 * (r_w - relu(r_l))),
+        "forward-kl": dpo(lambda r: 1 - torch.exp(-r)),
+        "js": dpo(lambda r: math.log(2) + logsigmoid(r)),
+        "alpha": dpo(lambda r: 2 - 2 * torch.exp(-r / 2)),
+        "aot": rearranged(pc - pr, rc - rr),
+        "aot-unpaired": rearranged(r_w, r_l),
+        "wpo": -win * torch.exp(pc / nc + pr / nr).detach(),
         "dpo": -win,
         "cdpo": -0.9 * win - 0.1 * lose,
         "robust-dpo": (-0.9 * win + 0.1 * lose) / 0.8,
@@ -65,7 +95,7 @@ def test_every_preset_has_a_formula():
 def test_preset_is_its_formula(name, sft_weight):
     logps, num_tokens, ref_logps, dispersion = batch()
     objective = preset(name, sft_weight=sft_weight)
-    assert objective.uses_dispersion == name.startswith("mallows")
+    assert objective.uses_dispersion == (name.startswith("mallows") or name == "rainbowpo")
     assert objective.reference_free == name.endswith("simpo")
 
     logps.requires_grad_()
@@ -82,7 +112,8 @@ def test_rewards_are_beta_times_the_score(name):
     logps, num_tokens, ref_logps, dispersion = batch()
     objective = preset(name, sft_weight=0.5)
     result = call(objective, logps.requires_grad_(), num_tokens, ref_logps, dispersion)
-    score = logps.detach() - (0 if objective.reference_free else ref_logps)
+    share = 0.25 if name == "rainbowpo" else 1
+    score = logps.detach() - (0 if objective.reference_free else share * ref_logps)
     if objective.token_weights == "mean":
         score = score / num_tokens
     rewards = torch.cat([result.chosen_rewards, result.rejected_rewards])
@@ -90,8 +121,16 @@ def test_rewards_are_beta_times_the_score(name):
     assert not rewards.requires_grad and result.losses.shape == result.chosen_rewards.shape == (B,)
 
 
-# Each field and another value for it; the objective they change reads every one of them.
+# Each field and another value for it; the objective they change reads every one of them that no other excludes.
 READS_EVERYTHING = PreferenceObjective(link="mallows-phi", beta=0.1, label_smoothing=0.1)
+ON = {
+    "focal_gamma": preset("mallows-phi"),
+    "clip_rejected": preset("mallows-phi"),
+    "divergence_alpha": preset("alpha"),
+    "discopop_tau": preset("discopop"),
+    "reference_mixing": preset("mallows-phi"),
+    "rearrangement": preset("dpo"),
+}
 CHANGES = {
     "link": "mallows-theta",
     "beta": 0.2,
@@ -101,6 +140,14 @@ CHANGES = {
     "label_smoothing": 0.2,
     "robust": True,
     "smoothing": 2.0,
+    "focal_gamma": 0.5,
+    "clip_rejected": True,
+    "divergence": "js",
+    "divergence_alpha": 0.7,
+    "discopop_tau": 0.5,
+    "reference_mixing": 0.7,
+    "rearrangement": "paired",
+    "on_policy_weighting": True,
     "sft_weight": 0.1,
 }
 
@@ -111,15 +158,16 @@ def test_every_field_has_a_change():
 
 @pytest.mark.parametrize("field, value", CHANGES.items())
 def test_every_field_changes_the_loss(field, value):
-    changed = dataclasses.replace(READS_EVERYTHING, **{field: value})
-    assert getattr(READS_EVERYTHING, field) != value
-    before, after = (call(objective, *batch()).losses for objective in (READS_EVERYTHING, changed))
+    unchanged = ON.get(field, READS_EVERYTHING)
+    changed = dataclasses.replace(unchanged, **{field: value})
+    assert getattr(unchanged, field) != value
+    before, after = (call(objective, *batch()).losses for objective in (unchanged, changed))
     assert (before != after).sum() > B / 4
 
 
 @pytest.mark.parametrize("name", presets())
 def test_overrides_are_replaced_fields(name):
-    assert preset(name, beta=0.7, gamma=0.2) == dataclasses.replace(preset(name), beta=0.7, gamma=0.2)
+    assert preset(name, beta=0.7, sft_weight=0.2) == dataclasses.replace(preset(name), beta=0.7, sft_weight=0.2)
     assert preset(name) == preset(name) and preset(name).beta != 0.7
 
 
@@ -130,6 +178,112 @@ def test_the_default_is_mallows_theta():
 def test_an_objective_does_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         preset("dpo").beta = 1.0
+
+
+# --- identities ------------------------------------------------------------------------------------------------------
+
+
+def values_and_gradients(objective, *arguments):
+    logps, *rest = arguments
+    logps = logps.clone().requires_grad_()
+    losses = call(objective, logps, *rest).losses
+    return losses.detach(), torch.autograd.grad(losses.sum(), logps)[0]
+
+
+def assert_same(one, two, arguments=None, rtol=1e-12):
+    found, expected = (values_and_gradients(objective, *(arguments or batch())) for objective in (one, two))
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-13)
+
+
+def test_corners_of_rainbowpo():
+    logps, num_tokens, ref_logps, a = batch()
+    half = logps, num_tokens, ref_logps, torch.full_like(a, 0.5)  # the factor 2a is 1
+    for beta in (2.0, 10.0):
+        rainbow = preset("rainbowpo", beta=beta)
+        assert_same(dataclasses.replace(rainbow, reference_mixing=0.0), preset("simpo", beta=beta), half)
+        assert_same(dataclasses.replace(rainbow, reference_mixing=1.0), preset("ln-dpo", beta=beta), half)
+        assert_same(dataclasses.replace(rainbow, reference_mixing=0.0), preset("mallows-simpo", beta=beta))
+        plain = dataclasses.replace(rainbow, reference_mixing=1.0, token_weights="uniform")
+        assert_same(plain, preset("mallows-theta", beta=beta))
+
+
+@pytest.mark.parametrize("name", ["mallows-theta", "mallows-ipo", "mallows-hinge", "mallows-simpo"])
+def test_constant_dispersion_makes_a_mallows_preset_its_host(name):
+    logps, num_tokens, ref_logps, a = batch()
+    host = {"mallows-theta": "dpo"}.get(name, name.removeprefix("mallows-"))
+    assert_same(preset(name), preset(host), (logps, num_tokens, ref_logps, torch.full_like(a, 0.5)))
+    beta, gamma = preset(host).beta, preset(host).gamma
+    scaled = preset(host, beta=3 * beta, gamma=3 * gamma)
+    assert_same(preset(name), scaled, (logps, num_tokens, ref_logps, torch.full_like(a, 1.5)))
+
+
+def test_limits_are_dpo():
+    assert_same(preset("focal", focal_gamma=0.0), preset("dpo"))
+    assert_same(preset("mallows-theta+focal", focal_gamma=0.0), preset("mallows-theta"))
+    assert_same(preset("alpha", divergence_alpha=1.0), preset("dpo"))
+    assert_same(preset("alpha", divergence_alpha=0.0), preset("forward-kl"))
+    assert_same(preset("ln-dpo", token_weights="uniform", beta=0.1), preset("dpo"))
+
+
+def test_minor_dpo_is_dpo_where_the_policy_favours_the_rejected_response():
+    logps, num_tokens, ref_logps, a = batch()
+    favoured = logps, num_tokens, logps + ref_logps, a  # ref_logps < 0
+    assert_same(preset("minor"), preset("dpo"), favoured)
+    assert_same(preset("mallows-phi+minor"), preset("mallows-phi"), favoured)
+    disliked = logps - 40, num_tokens, torch.zeros_like(logps), a
+    _, gradient = values_and_gradients(preset("minor"), *disliked)
+    assert not gradient[B:].any() and gradient[:B].all()
+
+
+def test_rearrangement_of_sorted_pairs_is_none():
+    up = torch.arange(1.0, B + 1, dtype=torch.float64)
+    logps, ref_logps = torch.cat([up, -up / 2]), torch.cat([up / 3, up / 4])
+    arguments = logps, torch.ones(2 * B), ref_logps, None
+    assert_same(preset("aot"), preset("dpo"), arguments)
+    unpaired = torch.cat([up, up / 2]), torch.ones(2 * B), torch.zeros(2 * B, dtype=torch.float64), None
+    assert_same(preset("aot-unpaired"), preset("dpo"), unpaired)
+
+
+def test_rearrangement_by_hand():
+    """Policy margins 3, 1 and reference margins 0, 2: 1 meets 0 and 3 meets 2, a margin of 1 twice."""
+    logps, ref_logps = torch.tensor([-1.0, -4.0, -4.0, -5.0]), torch.tensor([-3.0, -3.0, -3.0, -5.0])
+    losses = preset("aot", beta=1.0)(logps, torch.ones(4), ref_logps).losses
+    torch.testing.assert_close(losses, torch.full((2,), math.log1p(math.exp(-1))))
+    # log-ratios 2, -1 and -1, 0: -1 meets -1, 2 meets 0; the first pair's chosen response has margin 2
+    losses = preset("aot-unpaired", beta=1.0)(logps, torch.ones(4), ref_logps).losses
+    torch.testing.assert_close(losses, torch.tensor([math.log1p(math.exp(-2)), math.log(2)]))
+
+
+def test_rainbowpo_by_hand():
+    """Means -1 and -2 of the policy, -2 and -4 of the reference: 10 (1 - 1/4 2) - 3/4 1 = 4.25, doubled by a = 1."""
+    logps, num_tokens = torch.tensor([-2.0, -2.0]), torch.tensor([2.0, 1.0])
+    loss = preset("rainbowpo")(logps, num_tokens, 2 * logps, torch.tensor([1.0]))
+    torch.testing.assert_close(loss.losses, torch.tensor([math.log1p(math.exp(-8.5))]))
+    torch.testing.assert_close(loss.chosen_rewards, torch.tensor([-5.0]))  # 10 (-1 - -2/4)
+
+
+def test_wpo_by_hand():
+    """At pi = ref the loss is log 2; three and one token of probability 1/2 and 1/4 weigh it by 1/8."""
+    logps = torch.tensor([-3 * math.log(2), -math.log(4)])
+    losses = preset("wpo")(logps, torch.tensor([3.0, 1.0]), logps).losses
+    torch.testing.assert_close(losses, torch.tensor([math.log(2) / 8]))
+
+
+def test_focal_warns_where_its_gradient_turns_at_the_first_step():
+    logps, num_tokens, _, _ = batch()
+    for name, fields, turning in (
+        ("focal", {}, 1.4427),
+        ("mallows-phi+focal", {}, 1.4427),
+        ("focal", {"gamma": 1.0}, 0.7615),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            preset(name, focal_gamma=turning - 0.001, **fields)
+        with pytest.warns(UserWarning, match=f"is at least {turning:.3g}: at the first step every gradient"):
+            objective = preset(name, focal_gamma=turning + 0.001, **fields)
+        if "mallows" not in name:
+            _, gradient = values_and_gradients(objective, logps, num_tokens, logps, None)
+            assert (gradient[:B] > 0).all()
 
 
 # --- what cannot be --------------------------------------------------------------------------------------------------
@@ -159,9 +313,24 @@ def test_an_unknown_field():
         ({"label_smoothing": -0.1}, r"label_smoothing must be in \[0, 0.5\), got -0.1"),
         ({"robust": True}, "robust=True corrects label_smoothing, which is 0"),
         ({"link": "mallows-phi", "smoothing": -1.0}, "smoothing must be finite and >= 0 .*, got -1.0"),
-        ({"smoothing": 2.0}, "smoothing=2.0 is read by the link 'mallows-phi' alone, not by 'mallows-theta'"),
+        ({"smoothing": 2.0}, "smoothing=2.0 is read by link 'mallows-phi' alone, not by 'mallows-theta'"),
         ({"sft_weight": -1.0}, "sft_weight must be finite and >= 0, got -1.0"),
         ({"sft_weight": math.nan}, "sft_weight must be finite and >= 0, got nan"),
+        ({"discopop_tau": 0.1}, "discopop_tau=0.1 is read by link 'discopop' and 'mallows-discopop' alone"),
+        ({"divergence_alpha": 0.1}, "divergence_alpha=0.1 is read by divergence 'alpha' alone, not by 'reverse-kl'"),
+        ({"reference_mixing": 1.5}, r"reference_mixing must be None or in \[0, 1\], got 1.5"),
+        ({"rearrangement": "sorted"}, "unknown rearrangement 'sorted'; choose one of none, paired, unpaired"),
+        ({"rearrangement": "paired"}, "link='mallows-theta' weighs each pair .* rearrangement='paired'"),
+        ({"link": "nca", "reference_free": True}, "link='nca' compares .* reference_free=True; leave one of them out"),
+        ({"link": "apo-zero", "rearrangement": "paired"}, "link='apo-zero' .* rearrangement='paired'"),
+        ({"clip_rejected": True, "reference_free": True}, "clip_rejected=True clips .* reference_free=True"),
+        ({"divergence": "js", "token_weights": "mean"}, "divergence='js' is between whole .* token_weights='mean'"),
+        ({"reference_free": True, "reference_mixing": 0.5}, "reference_free=True leaves .* reference_mixing=0.5"),
+        (
+            {"link": "hinge", "rearrangement": "unpaired", "on_policy_weighting": True},
+            "rearrangement='unpaired' sorts margins, .* on_policy_weighting=True",
+        ),
+        ({"link": "hinge", "focal_gamma": 0.5}, "focal_gamma=0.5 .* the link 'hinge'"),
     ],
 )
 def test_impossible_fields(fields, message):
@@ -185,6 +354,6 @@ def test_a_reference_where_and_only_where_it_is_read():
 
 def test_links_agree_with_the_oracle():
     assert set(F.LINKS) == set(reference.LINKS)
-    assert {link for link in F.LINKS if PreferenceObjective(link=link).uses_dispersion} == set(
-        reference.DISPERSION_LINKS
-    )
+    assert F.MALLOWS_LINKS == set(reference.DISPERSION_LINKS)
+    assert choices.MARGIN_LINKS == set(reference.MARGIN_LINKS)
+    assert set(choices.PROBABILITY_LINKS) == set(reference.PROBABILITY_LINKS)

@@ -135,7 +135,7 @@ def test_oracle_and_native_against_mpmath(r_w, r_l, a, options):
                 assert abs(gradient - slope) <= 1e-9 * abs(slope) + 1e-12
 
 
-# --- identities, on values and gradients ------------------------------------------------------------------------------
+# --- identities, on values and gradients -----------------------------------------------------------------------------
 
 R_W, R_L = (torch.linspace(-7.3, 8.1, 41, dtype=torch.float64) * sign for sign in (1, -0.6))
 A = torch.linspace(0.05, 2, 41, dtype=torch.float64)
@@ -244,7 +244,7 @@ def test_exo_is_zero_with_zero_gradient_at_its_target():
     assert found[0][1] > 0.05 and found[1][1] < -0.01 and found[1][2] > 0.01
 
 
-# --- by hand: (r(y_w), r(y_l), beta) -> loss and as many of its derivatives in r(y_w) and r(y_l) ------------------------
+# --- by hand: (r(y_w), r(y_l), beta) -> loss and as many of its derivatives in r(y_w) and r(y_l) ---------------------
 
 LOG_2 = math.log(2)
 E = math.exp

@@ -24,6 +24,16 @@ class ObjectiveArguments:
     smoothing: float | None = field(
         default=None, metadata={"help": "Half-width of the smoothed mallows-phi link; None: the preset's."}
     )
+    focal_gamma: float | None = field(
+        default=None, metadata={"help": "FocalPO's power of the probability; None: the preset's."}
+    )
+    divergence_alpha: float | None = field(
+        default=None, metadata={"help": "Order of the alpha-divergence; None: the preset's."}
+    )
+    discopop_tau: float | None = field(default=None, metadata={"help": "DiscoPOP's temperature; None: the preset's."})
+    reference_mixing: float | None = field(
+        default=None, metadata={"help": "RainbowPO's share of the reference, in [0, 1]; None: the preset's."}
+    )
     sft_weight: float | None = field(
         default=None, metadata={"help": "Weight of the chosen response's NLL per token; None: the preset's."}
     )
@@ -43,9 +53,10 @@ class MallowsConfig(ObjectiveArguments, TrainingArguments):
 
     Parameters that control the objective:
         loss_type: a preset's name (``mallowspo.presets()``, docs/methods.md), or several joined by "+".
-        beta, gamma, label_smoothing, smoothing, sft_weight: override the preset's field of that name; None keeps it.
+        beta, gamma, label_smoothing, smoothing, focal_gamma, divergence_alpha, discopop_tau, reference_mixing,
+        sft_weight: override the preset's field of that name; None keeps it.
 
-    Parameters that control the dispersion (read by the presets that begin with ``mallows-``):
+    Parameters that control the dispersion (read where the preset's link begins with ``mallows-``):
         dispersion_source: "neg_log_dispersion" or "agreement" (a column of the data), or "entropy" (of the reference
             model). None: the column if the data has one, else the entropy.
         dispersion_scale: the factor phi_star on the neg-log dispersion, > 0, or "auto". For the entropy, "auto"

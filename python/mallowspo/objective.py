@@ -21,6 +21,7 @@ from mallowspo.choices import (
 from mallowspo.family import FAMILY
 
 TOKEN_WEIGHTS = ("uniform", "mean")
+REARRANGEMENTS = ("none", "paired", "unpaired")
 # Fields that one choice alone reads: another value of theirs would be silently ignored under any other choice.
 READ_BY = {
     "smoothing": ("link", ("mallows-phi",)),
@@ -51,6 +52,11 @@ class PreferenceObjective:
         discopop_tau: the temperature of the discopop links, > 0.
         reference_mixing: RainbowPO's alpha in [0, 1]: reference log-probabilities count alpha times, gamma
             (1 - alpha) times; None leaves both as they are.
+        rearrangement: AOT's: "paired" sets the sorted margins of the policy against the sorted ones of the reference,
+            "unpaired" the sorted log-ratios of the chosen responses against those of the rejected ones. Sorted within
+            the call's batch alone: each rank and micro-batch by itself.
+        on_policy_weighting: WPO's, without its alignment: multiplies each loss by the two responses' probabilities
+            per token (geometric means), not differentiated.
         sft_weight: >= 0, adds this times the chosen response's negative log-likelihood per token.
 
     The fields that describe a pair's loss are the arguments of ``mallowspo.functional.preference_loss``.
@@ -73,11 +79,14 @@ class PreferenceObjective:
     divergence_alpha: float = 0.5
     discopop_tau: float = 0.05
     reference_mixing: float | None = None
+    rearrangement: Literal["none", "paired", "unpaired"] = "none"
+    on_policy_weighting: bool = False
     sft_weight: float = 0.0
 
     def __post_init__(self):
         operator_settings(**self._pair_choices)
         check_choice("token_weights", self.token_weights, TOKEN_WEIGHTS)
+        check_choice("rearrangement", self.rearrangement, REARRANGEMENTS)
         if not (math.isfinite(self.sft_weight) and self.sft_weight >= 0):
             raise ValueError(f"sft_weight must be finite and >= 0, got {self.sft_weight}")
         if not (self.reference_mixing is None or 0 <= self.reference_mixing <= 1):
@@ -111,7 +120,13 @@ class PreferenceObjective:
     def _exclusions(self):
         """(field, what it is about, fields that must keep their default) of the fields that are set."""
         if self.link not in MARGIN_LINKS:
-            yield "link", "compares each response with the reference", ("reference_free", "reference_mixing")
+            excluded = ("reference_free", "reference_mixing", "rearrangement")
+            yield "link", "compares each response with the reference", excluded
+        if self.uses_dispersion:
+            yield "link", "weighs each pair by its own dispersion", ("rearrangement",)
+        if self.rearrangement != "none":
+            excluded = ("reference_free", "clip_rejected", "divergence", "on_policy_weighting")
+            yield "rearrangement", "sorts margins, which are no longer those of one pair", excluded
         if self.clip_rejected:
             yield "clip_rejected", "clips at the reference's log-probability", ("reference_free", "reference_mixing")
         if self.divergence != "reverse-kl":
@@ -152,15 +167,29 @@ class PreferenceObjective:
             raise ValueError(
                 f"reference_free is {self.reference_free}, so ref_logps must{' not' * self.reference_free} be given"
             )
-        loss = F.preference_loss(
-            *(half for score in self._scores(logps, num_tokens, ref_logps) for half in score.chunk(2)),
-            neg_log_dispersion=neg_log_dispersion,
-            **self._pair_choices | {"gamma": self._offset},
-        )
+        scores = [half for score in self._scores(logps, num_tokens, ref_logps) for half in score.chunk(2)]
+        choices = self._pair_choices | {"gamma": self._offset}
+        loss = F.preference_loss(*scores, neg_log_dispersion=neg_log_dispersion, **choices)
+        if self.rearrangement != "none":
+            first, second, order = self._rearranged(*scores)
+            sorted_losses = F.preference_loss(first, second, **choices).losses
+            loss = loss._replace(losses=sorted_losses.index_select(0, order.argsort()))
+        if self.on_policy_weighting:
+            weight = sum((logps.detach() / num_tokens).chunk(2)).exp()
+            loss = loss._replace(losses=weight * loss.losses)
         if self.sft_weight:
             nll = -(logps / num_tokens).chunk(2)[0]
             loss = loss._replace(losses=loss.losses + self.sft_weight * nll)
         return loss
+
+    def _rearranged(self, chosen, rejected, ref_chosen, ref_rejected):
+        """Two sorted [B] whose differences are the margins, and the order of the first: a loss is put down to the pair
+        whose margin (paired) or chosen response (unpaired) it was made of."""
+        if self.rearrangement == "paired":
+            (first, order), (second, _) = (chosen - rejected).sort(), (ref_chosen - ref_rejected).sort()
+        else:
+            (first, order), (second, _) = (chosen - ref_chosen).sort(), (rejected - ref_rejected).sort()
+        return first, second, order
 
     def _scores(self, logps, num_tokens, ref_logps):
         """What the log-ratio of each response is made of: [2B] of the policy and, unless reference-free, [2B] of the

@@ -37,8 +37,7 @@ from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 ENTROPY_SCALE = 0.145
 # What makes another loss in TRL; here the objective does.
 _REPLACED = (
-    *("loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "discopop_tau"),
-    "use_liger_kernel",
+    *("loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "use_liger_kernel"),
 )
 _DISPERSION = "neg_log_dispersion"
 
@@ -50,9 +49,10 @@ class DPOConfig(ObjectiveArguments, trl.DPOConfig):
     Parameters that control the objective:
         loss_type: a preset's name (``mallowspo.presets()``), or several joined by "+"; none of TRL's. Default
             "mallows-theta".
-        beta, gamma, label_smoothing, smoothing, sft_weight: override the preset's field of that name; None keeps it.
+        beta, gamma, label_smoothing, smoothing, focal_gamma, divergence_alpha, discopop_tau, reference_mixing,
+        sft_weight: override the preset's field of that name; None keeps it.
 
-    Parameters that control the dispersion (read by the presets that begin with ``mallows-``):
+    Parameters that control the dispersion (read where the preset's link begins with ``mallows-``):
         dispersion_source: "neg_log_dispersion" or "agreement" (a column of the data), or "entropy" (of the reference
             model). None: the column if the data has one, else the entropy.
         dispersion_scale: the factor phi_star on the neg-log dispersion, > 0. None: 0.145 for the entropy (the
