@@ -135,6 +135,34 @@ def test_oracle_and_native_against_mpmath(r_w, r_l, a, options):
                 assert abs(gradient - slope) <= 1e-9 * abs(slope) + 1e-12
 
 
+ULPS = {"sppo": 2, "nca": 4, "bco": 4, "apo-zero": 4, "apo-down": 4, "discopop": 4, "focal": 16, "js": 16, "alpha": 16}
+
+
+@pytest.mark.parametrize("name", ULPS)
+def test_losses_are_good_to_units_in_the_last_place(name):
+    """Each is a sum of terms of one sign, near zero and far out; the last three carry a logarithm's error further."""
+    options = {
+        "focal": {"link": "bradley-terry", "focal_gamma": 1.0},
+        "js": {"link": "bradley-terry", "divergence": "js"},
+        "alpha": {"link": "bradley-terry", "divergence": "alpha", "divergence_alpha": 0.5},
+    }.get(name, {"link": name})
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([16.0, 16.0, 0.1, 1e-3], dtype=torch.float64).repeat(40)
+    r_w, r_l = ((2 * torch.rand(160, generator=generator) - 1).double() * scale for _ in range(2))
+    found = native(r_w, r_l, torch.zeros(160), beta=1.0, **options)[0]
+    with mp.workdps(60):
+        for won, lost, loss in zip(r_w.tolist(), r_l.tolist(), found, strict=True):
+            right = exact_loss(mp.mpf(won), mp.mpf(lost), mp.mpf(0), beta=1.0, **options)
+            if right < 1e-300:
+                assert loss < 1e-300
+                continue
+            # the margin is a rounded difference of two rounded scores, which e^-x carries over
+            margin = (
+                2 * abs(won - lost) + 2 * abs(mp.log(right)) if name in ("js", "alpha", "focal", "discopop") else 0
+            )
+            assert abs(loss - right) <= (ULPS[name] + margin) * mp.mpf(2) ** -53 * 2 * right, (won, lost)
+
+
 # --- identities, on values and gradients -----------------------------------------------------------------------------
 
 R_W, R_L = (torch.linspace(-7.3, 8.1, 41, dtype=torch.float64) * sign for sign in (1, -0.6))
