@@ -32,9 +32,7 @@ PYBIND11_MODULE(_C, m) {
       .value("jensen_shannon", Divergence::jensen_shannon)
       .finalize();
   m.def("uses_dispersion", [](Link link) { return mallowspo::uses_dispersion(link); }, "Whether the link reads the neg-log dispersion.");
-
   m.def("has_margin", [](Link link) { return mallowspo::has_margin(link); }, "Whether the link is a function of one margin.");
-  m.def("host_of", [](Link link) { return mallowspo::host_of(link); }, "The link that this one gives a dispersion to.");
 
   py::dict build;
   build["version"] = MALLOWSPO_VERSION;

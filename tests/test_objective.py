@@ -1,6 +1,7 @@
 """PreferenceObjective and its presets against the formulas of the methods they are named after."""
 
 import dataclasses
+import inspect
 import math
 import warnings
 
@@ -169,6 +170,14 @@ def test_every_field_changes_the_loss(field, value):
 def test_overrides_are_replaced_fields(name):
     assert preset(name, beta=0.7, sft_weight=0.2) == dataclasses.replace(preset(name), beta=0.7, sft_weight=0.2)
     assert preset(name) == preset(name) and preset(name).beta != 0.7
+
+
+def test_one_set_of_defaults():
+    fields = {field.name: field.default for field in dataclasses.fields(PreferenceObjective)}
+    arguments = {name: p.default for name, p in inspect.signature(F.preference_loss).parameters.items()}
+    for name, default in choices.PAIR_CHOICES.items():
+        assert fields[name] == arguments[name] == default
+    assert tuple(inspect.signature(choices.operator_settings).parameters) == tuple(choices.PAIR_CHOICES)
 
 
 def test_the_default_is_mallows_theta():
