@@ -55,10 +55,18 @@ def formulas(logps, num_tokens, ref_logps, a):
         order = first.argsort()
         return -logsigmoid(0.1 * (first[order] - second.sort().values))[order.argsort()]
 
+    def exo(x):
+        return sigmoid(x) * (logsigmoid(x) - math.log(0.999)) + sigmoid(-x) * (logsigmoid(-x) - math.log(0.001))
+
+    def discopop(x):
+        return -logsigmoid(x) * sigmoid(-x / 0.05) + torch.exp(-x) * sigmoid(x / 0.05)
+
     return {
         "ln-dpo": -logsigmoid(10 * per_token),
-        "exo-pair": sigmoid(x) * (win - math.log(0.999)) + sigmoid(-x) * (lose - math.log(0.001)),
-        "discopop": -win * sigmoid(-x / 0.05) + torch.exp(-x) * sigmoid(x / 0.05),
+        "exo-pair": exo(x),
+        "mallows-exo": exo(2 * a * x),
+        "discopop": discopop(x),
+        "mallows-discopop": discopop(2 * a * x),
         "sppo-hard": 0.1**2 * ((r_w - 5) ** 2 + (r_l + 5) ** 2),
         "nca-pair": softplus(-x_w) + softplus(x_w) / 2 + softplus(x_l) / 2,
         "bco-pair": softplus(-x_w) + softplus(x_l),
@@ -322,11 +330,11 @@ def test_an_unknown_field():
         ({"label_smoothing": -0.1}, r"label_smoothing must be in \[0, 0.5\), got -0.1"),
         ({"robust": True}, "robust=True corrects label_smoothing, which is 0"),
         ({"link": "mallows-phi", "smoothing": -1.0}, "smoothing must be finite and >= 0 .*, got -1.0"),
-        ({"smoothing": 2.0}, "smoothing=2.0 is read by link 'mallows-phi' alone, not by 'mallows-theta'"),
+        ({"smoothing": 2.0}, "smoothing=2.0 is read by the link 'mallows-phi' alone, not by 'mallows-theta'"),
         ({"sft_weight": -1.0}, "sft_weight must be finite and >= 0, got -1.0"),
         ({"sft_weight": math.nan}, "sft_weight must be finite and >= 0, got nan"),
-        ({"discopop_tau": 0.1}, "discopop_tau=0.1 is read by link 'discopop' and 'mallows-discopop' alone"),
-        ({"divergence_alpha": 0.1}, "divergence_alpha=0.1 is read by divergence 'alpha' alone, not by 'reverse-kl'"),
+        ({"discopop_tau": 0.1}, "discopop_tau=0.1 is read by the link 'discopop' and 'mallows-discopop' alone"),
+        ({"divergence_alpha": 0.1}, "divergence_alpha=0.1 is read by the divergence 'alpha' alone, not by 'reverse-kl'"),
         ({"reference_mixing": 1.5}, r"reference_mixing must be None or in \[0, 1\], got 1.5"),
         ({"rearrangement": "sorted"}, "unknown rearrangement 'sorted'; choose one of none, paired, unpaired"),
         ({"rearrangement": "paired"}, "link='mallows-theta' weighs each pair .* rearrangement='paired'"),

@@ -184,6 +184,22 @@ FAMILY = {
         when="The hinge, with a margin that unsure prompts reach later.",
         fields={"link": "mallows-hinge"},
     ),
+    "mallows-exo": Method(
+        "Mallows-EXO",
+        "the plug-in of arXiv 2405.14953 on EXO, arXiv 2402.00856",
+        certainty="this library's combination",
+        formula="p log(p / (1 - label_smoothing)) + (1 - p) log((1 - p) / label_smoothing), p = sigmoid(2 a z)",
+        when="EXO on prompts that differ in how contested they are.",
+        fields={"link": "mallows-exo", "label_smoothing": 1e-3},
+    ),
+    "mallows-discopop": Method(
+        "Mallows-DiscoPOP",
+        "the plug-in of arXiv 2405.14953 on DiscoPOP, arXiv 2406.08414",
+        certainty="this library's combination",
+        formula="(1 - m) log(1 + e^-x) + m e^-x, x = 2 a z, m = sigmoid(x / discopop_tau)",
+        when="DiscoPOP on prompts that differ in how contested they are.",
+        fields={"link": "mallows-discopop"},
+    ),
     "mallows-simpo": Method(
         "Mallows-SimPO",
         "MallowsPO, arXiv 2405.14953, on SimPO",

@@ -94,7 +94,7 @@ class PreferenceObjective:
         for name, (choice, readers) in READ_BY.items():
             if getattr(self, name) != PAIR_CHOICES[name] and getattr(self, choice) not in readers:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} is read by {choice} {' and '.join(map(repr, readers))} alone, "
+                    f"{name}={getattr(self, name)} is read by the {choice} {' and '.join(map(repr, readers))} alone, "
                     f"not by {getattr(self, choice)!r}"
                 )
         if self.robust and self.label_smoothing == 0:
