@@ -334,7 +334,10 @@ def test_an_unknown_field():
         ({"sft_weight": -1.0}, "sft_weight must be finite and >= 0, got -1.0"),
         ({"sft_weight": math.nan}, "sft_weight must be finite and >= 0, got nan"),
         ({"discopop_tau": 0.1}, "discopop_tau=0.1 is read by the link 'discopop' and 'mallows-discopop' alone"),
-        ({"divergence_alpha": 0.1}, "divergence_alpha=0.1 is read by the divergence 'alpha' alone, not by 'reverse-kl'"),
+        (
+            {"divergence_alpha": 0.1},
+            "divergence_alpha=0.1 is read by the divergence 'alpha' alone, not by 'reverse-kl'",
+        ),
         ({"reference_mixing": 1.5}, r"reference_mixing must be None or in \[0, 1\], got 1.5"),
         ({"rearrangement": "sorted"}, "unknown rearrangement 'sorted'; choose one of none, paired, unpaired"),
         ({"rearrangement": "paired"}, "link='mallows-theta' weighs each pair .* rearrangement='paired'"),
