@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mallowspo.data import PAIR_COLUMNS, REFERENCE_COLUMNS
+from mallowspo.data import DIFF_COLUMNS, PAIR_COLUMNS
 
 
 @dataclass
@@ -42,17 +42,29 @@ class PreferenceCollator:
             )
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collates rows of `tokenize_pairs`: what `pad` or `pack` returns, and each of `PAIR_COLUMNS` and
-        `REFERENCE_COLUMNS` that the rows have, [B] float32."""
+        """Collates rows of `tokenize_pairs`.
+
+        Returns:
+            What `pad` or `pack` returns, and of what the rows have: `row` [B] int64; `PAIR_COLUMNS` and the columns
+            that begin with "ref_", float32, [B] or, where a row has a list with a value for each scored token, one
+            after the other [tokens]; `differs` [N] bool from `DIFF_COLUMNS`.
+        """
         prompts = [row["prompt_ids"] for row in rows]
         responses = [(row["chosen_ids"], row["rejected_ids"]) for row in rows]
         if self.share_prompt:
             batch = pack(prompts, responses)
         else:
             batch = pad(prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
-        for name in (*PAIR_COLUMNS, *REFERENCE_COLUMNS):
-            if name in rows[0]:
-                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
+        for name, first in rows[0].items():
+            if name in PAIR_COLUMNS or name.startswith("ref_"):
+                values = [row[name] for row in rows]
+                values = list(chain.from_iterable(values)) if isinstance(first, list) else values
+                batch[name] = torch.tensor(values, dtype=torch.float32)
+        if "row" in rows[0]:
+            batch["row"] = torch.tensor([row["row"] for row in rows])
+        if DIFF_COLUMNS[0] in rows[0]:  # of scored tokens: the first of a sequence is not
+            masks = [row[name][0 if row["prompt_ids"] else 1 :] for name in DIFF_COLUMNS for row in rows]
+            batch["differs"] = torch.tensor(list(chain.from_iterable(masks)))
         return batch
 
 

@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 from collections import Counter
+from difflib import SequenceMatcher
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # what tokenize_pairs makes
 PAIR_COLUMNS = ("neg_log_dispersion", "agreement")  # one number a pair, which it keeps
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "ref_chosen_entropy", "ref_rejected_entropy")
+TOKEN_REFERENCE_COLUMNS = ("ref_chosen_token_logps", "ref_rejected_token_logps")  # a list for each pair
+DIFF_COLUMNS = ("chosen_differs", "rejected_differs")  # what mark_differences adds
 
 _PROMPT_TOO_LONG, _EMPTY_COMPLETION = "prompt too long", "empty completion"
 _REVISION = 2  # raise when the tokens change: the `datasets` cache knows _tokenize_pair by its name, not by its code
@@ -265,3 +268,54 @@ def _common_length(*sequences: Any) -> int:
             break
         length += 1
     return length
+
+
+def scored_tokens(dataset: Dataset) -> dict[str, list[int]]:
+    """How many tokens of each row's "chosen" and "rejected" response have a prediction, of `tokenize_pairs`' rows."""
+    without = [not ids for ids in dataset["prompt_ids"]]
+    return {
+        side: [len(ids) - first for ids, first in zip(dataset[f"{side}_ids"], without, strict=True)]
+        for side in ("chosen", "rejected")
+    }
+
+
+# ---- which tokens of a pair differ -----------------------------------------------------------------------------------
+
+
+def mark_differences(dataset: Dataset, ignored_ids: Any = (), num_proc: int | None = None) -> Dataset:
+    """Adds `DIFF_COLUMNS`, the masks of `diff_masks`, to a data set of `tokenize_pairs`."""
+    features = dataset.features.copy() | {name: List(Value("bool")) for name in DIFF_COLUMNS}
+    return dataset.map(
+        _mark_row,
+        fn_kwargs={"ignored_ids": sorted(ignored_ids), "revision": _REVISION},
+        features=Features(features),
+        num_proc=num_proc,
+        desc="Comparing the responses of each pair",
+    )
+
+
+def _mark_row(row: dict[str, Any], ignored_ids: list[int], revision: int) -> dict[str, list[bool]]:
+    return dict(zip(DIFF_COLUMNS, diff_masks(row["chosen_ids"], row["rejected_ids"], ignored_ids), strict=True))
+
+
+def diff_masks(chosen_ids: list[int], rejected_ids: list[int], ignored_ids: Any = ()) -> tuple[list[bool], list[bool]]:
+    """Which tokens of each of two responses an edit of the rejected into the chosen one touches (BMC's diff).
+
+    The edit is that of `difflib.SequenceMatcher`, as in the authors' code, on the responses alone and without its
+    heuristic for frequent elements, which would make the result depend on a length of 200 tokens.
+
+    Args:
+        chosen_ids, rejected_ids: Token ids.
+        ignored_ids: Token ids that never count as different; the authors leave out English stop words.
+
+    Returns:
+        A mask for the chosen response (replaced or inserted tokens) and one for the rejected one (replaced or deleted).
+    """
+    ignored = frozenset(ignored_ids)
+    chosen, rejected = [False] * len(chosen_ids), [False] * len(rejected_ids)
+    edit = SequenceMatcher(None, rejected_ids, chosen_ids, autojunk=False).get_opcodes()
+    for tag, *ends in edit:
+        if tag != "equal":
+            for mask, ids, start, end in ((rejected, rejected_ids, *ends[:2]), (chosen, chosen_ids, *ends[2:])):
+                mask[start:end] = [token not in ignored for token in ids[start:end]]
+    return chosen, rejected

@@ -113,7 +113,7 @@ def _plain(value):
 
 
 def save_cache(path, columns, key):
-    """Writes float32 columns [rows] whole or not at all.
+    """Writes float32 columns, {name: [values]}, whole or not at all.
 
     Raises:
         OSError: it could not be written (disk full, no permission); nothing is left behind.
@@ -129,8 +129,8 @@ def save_cache(path, columns, key):
         ) from error
 
 
-def load_cache(path, key, rows):
-    """The columns that :func:`save_cache` wrote under the same key.
+def load_cache(path, key, rows, lengths=None):
+    """The columns that :func:`save_cache` wrote under the same key, of as many values as rows or as lengths[name].
 
     Raises:
         ValueError: the file is corrupt, of another model, data set or setting, or of another length.
@@ -145,7 +145,8 @@ def load_cache(path, key, rows):
     metadata = header.get("__metadata__", {})
     if metadata.get("fingerprint") != key:
         raise ValueError(f"the reference cache belongs to another model, data set or setting; {advice}")
-    if metadata.get("checksum") != _checksum(columns) or any(len(column) != rows for column in columns.values()):
+    whole = all(len(column) == (lengths or {}).get(name, rows) for name, column in columns.items())
+    if metadata.get("checksum") != _checksum(columns) or not whole:
         raise ValueError(f"the reference cache is corrupt (checksum or length); {advice}")
     return columns
 

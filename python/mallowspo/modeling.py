@@ -20,6 +20,7 @@ from mallowspo import functional as F
 from mallowspo.attention import ATTENTION, packed_inputs
 from mallowspo.collator import pack, pad
 from mallowspo.heads import head_modules, knows, learn
+from mallowspo.token_weights import response_sums
 
 # What a causal LM may do to its logits after the head, by the name of its config field.
 _SOFTCAP = "final_logit_softcapping"
@@ -28,10 +29,14 @@ _DIVISOR = "logits_scaling"
 
 
 class SequenceStats(NamedTuple):
-    """Of R sequences, [R]: log-probability of the completion, summed, and mean entropy (nats) of its tokens."""
+    """Of R sequences, [R]: log-probability of the completion, summed, and mean entropy (nats) of its tokens.
+
+    And [N], sequence by sequence: the log-probability of each token; None where only the sums were kept.
+    """
 
     logps: torch.Tensor
     entropy: torch.Tensor
+    token_logps: torch.Tensor | None = None
 
 
 def attach_token_stats(model):
@@ -202,12 +207,12 @@ def sequence_stats(model, batch):
         batch: of :class:`mallowspo.collator.PreferenceCollator`, R = 2B sequences, or of ``pack`` or ``pad``.
 
     Returns:
-        SequenceStats, [R] float32; differentiable.
+        SequenceStats, float32; differentiable.
     """
-    stats = model(**_encoded(batch), target_ids=batch["target_ids"])
+    token_logps, token_entropy = model(**_encoded(batch), target_ids=batch["target_ids"])
     lengths = batch["num_tokens"]
-    logps, entropy = (torch.segment_reduce(values, "sum", lengths=lengths, axis=0) for values in stats)
-    return SequenceStats(logps, entropy / lengths)
+    logps, entropy = (response_sums(values, lengths) for values in (token_logps, token_entropy))
+    return SequenceStats(logps, entropy / lengths, token_logps)
 
 
 def load_model(model, init_kwargs=None):
