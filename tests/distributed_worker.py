@@ -29,6 +29,7 @@ RUNS = {
     "copy": {"eval_rows": 1, "rows": 21, "dispersion_scale": 0.3, "gradient_accumulation_steps": 2},
     "reference-free": {"eval_rows": 7, "rows": 24, "loss_type": "mallows-simpo"},
     "one pair": {"eval_rows": 1, "rows": 1},
+    "tokens": {"eval_rows": 3, "rows": 21, "loss_type": "mallows-theta+sampo+bmc"},
 }
 SHARDED_RUNS = ("cached", "adapter", "copy")
 HALF = {"half": {"eval_rows": 5, "rows": 24, "loss_type": "dpo"}}  # layers in bfloat16

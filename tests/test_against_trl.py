@@ -57,3 +57,16 @@ def test_twenty_steps_equal_those_of_trl(tmp_path, peft, cached):
         assert {name: log[name] for name in METRICS} == pytest.approx(
             {name: log_[name] for name in METRICS}, rel=1e-4, abs=1e-5
         )
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
+def test_ld_alpha_is_that_of_trl(tmp_path, cached):
+    """``logps`` are the plain sums here, the discounted ones there."""
+    shared = {"peft": False, "precompute_ref_log_probs": cached, "ld_alpha": 0.3}
+    found = logs_of(MallowsTrainer, MallowsConfig, tmp_path / "ours", loss_type="ld-dpo", **shared)
+    expected = logs_of(trl.DPOTrainer, trl.DPOConfig, tmp_path / "trl", loss_type="sigmoid", **shared)
+    plain = logs_of(MallowsTrainer, MallowsConfig, tmp_path / "dpo", loss_type="dpo", **shared | {"ld_alpha": None})
+    for log, theirs, dpo in zip(found, expected, plain, strict=True):
+        for name in METRICS[:4]:
+            assert log[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+        assert log["grad_norm"] != pytest.approx(dpo["grad_norm"], rel=1e-3)

@@ -50,6 +50,7 @@ def dtype(folder, **options):
 
 
 MEASURED = {"dispersion_source": "neg_log_dispersion"}
+MIXED = {"loss_type": "mrpo", "ref_model": [tiny_model(seed=1), tiny_model(seed=2)]}
 # field: (value, what else must be set, what to look at). The field's default gives another outcome.
 TABLE = {
     "learning_rate": (0.1, MEASURED, losses),
@@ -64,6 +65,14 @@ TABLE = {
     "discopop_tau": (2.0, {"loss_type": "discopop"}, losses),
     "reference_mixing": (0.5, MEASURED, losses),
     "sft_weight": (0.5, MEASURED, losses),
+    "token_decay": (0.9, MEASURED, losses),
+    "ld_alpha": (0.5, MEASURED, losses),
+    "bridge_delta": (2.0, MEASURED, losses),
+    "own_token_weights": (True, {"bridge_delta": 99.0, **MEASURED}, losses),
+    "reference_weights": ([0.3, 0.7], MIXED, losses),
+    "reference_clip": (0.01, MIXED, losses),
+    "adaptive_clip": (False, MIXED, losses),
+    "swap_reference_weights": (True, MIXED, losses),
     "dispersion_source": ("agreement", {"train_dataset": tiny_pairs(3, neg_log_dispersion=[1.0, 2.0, 3.0])}, None),
     "dispersion_scale": (3.0, MEASURED, losses),
     "precompute_ref_log_probs": (True, {"loss_type": "dpo"}, files),
@@ -136,6 +145,9 @@ REFUSED = [
     ({"loss_type": "robust-dpo", "label_smoothing": 0.0}, "robust=True corrects label_smoothing, which is 0"),
     ({"smoothing": 0.5}, "smoothing=0.5 is read by the link 'mallows-phi' alone"),
     ({"sft_weight": -1.0}, "sft_weight must be finite and >= 0, got -1.0"),
+    ({"loss_type": "d2po", "token_decay": 0.0}, r"token_decay must be in \(0, 1\]"),
+    ({"loss_type": "sampo+simpo"}, "down_sampling=True takes the length out"),
+    ({"loss_type": "mrpo", "reference_weights": [0.5]}, r"must be positive and add up to 1, got \(0.5,\)"),
     ({"dispersion_scale": 0}, "dispersion_scale must be positive and finite, got 0.0"),
     ({"dispersion_scale": -0.3}, "positive and finite, got -0.3"),
     ({"dispersion_scale": float("nan")}, "positive and finite, got nan"),

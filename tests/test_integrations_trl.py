@@ -149,6 +149,7 @@ def mallows(folder, peft=False, data=None, eval_data=None, **options):
 
 ENTROPY = {"dispersion_scale": 0.2}
 AGREEMENT = {"agreement": np.linspace(0.55, 1.0, 2 * STEPS).tolist()}
+TOKENS, REFERENCES = ("d2po", "ld-dpo", "sampo", "bmc"), ("mrpo",)
 # One of a kind: the formulas of all presets are compared elsewhere.
 NAMES = ["dpo", "ipo", "simpo", "mallows-phi", "mallows-simpo", "rainbowpo", "apo-down", "aot", "mallows-theta+focal"]
 OUR_RUNS = [
@@ -246,6 +247,8 @@ def test_predictions_of_trl_still_work(tmp_path):
 # Refusals
 
 REFUSED = [
+    *(({"loss_type": name}, f"'{name}' has token weights.*use mallowspo.MallowsTrainer") for name in TOKENS),
+    *(({"loss_type": name}, f"'{name}' has several references.*MallowsTrainer") for name in REFERENCES),
     ({"loss_type": "sigmoid"}, "unknown preset 'sigmoid'.*TRL's 'sigmoid' is 'dpo'"),
     ({"loss_type": ["dpo", "hinge"]}, "loss_type must be one preset, got .'dpo', 'hinge'.*sft_weight"),
     ({"loss_weights": [1.0]}, "loss_weights=.1.0. changes what TRL computes"),

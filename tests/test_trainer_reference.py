@@ -109,6 +109,8 @@ def test_bfloat16_gradients_with_the_adapter_off(tmp_path):
 
 # What is not of one pair and its log-ratios alone, or not read as it is: compared in test_objective.py.
 SPECIAL = ("aot", "aot-unpaired", "wpo", "rainbowpo")
+# Token weights and several references: test_trainer_tokens.py.
+SPECIAL += ("d2po", "ld-dpo", "sampo", "bmc", "mrpo")
 
 
 @pytest.mark.parametrize("name", [name for name in objective.presets() if name not in SPECIAL])

@@ -83,6 +83,7 @@ RUNS = {
     "adapter": {"dispersion_scale": 0.3, "peft_config": None},
     "accumulated": {"gradient_accumulation_steps": 2, "rows": 7, "max_steps": 5},
     "dropout": {"disable_dropout": False},
+    "sampled": {"loss_type": "mallows-theta+sampo"},
 }
 
 
@@ -104,7 +105,8 @@ def evaluations(trainer):
 
 
 @pytest.mark.parametrize(
-    "name, step", [("cached", 3), ("cached", 4), ("copy", 3), ("adapter", 5), ("accumulated", 3), ("dropout", 4)]
+    "name, step",
+    [("cached", 3), ("cached", 4), ("copy", 3), ("adapter", 5), ("accumulated", 3), ("dropout", 4), ("sampled", 3)],
 )
 def test_a_resumed_run_is_the_whole_run(tmp_path, name, step):
     whole = whole_run(tmp_path / "whole", name)

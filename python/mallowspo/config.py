@@ -6,7 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from mallowspo.dispersion import SOURCES
-from mallowspo.objective import preset, presets
+from mallowspo.objective import PreferenceObjective, preset, presets
 
 
 @dataclass
@@ -41,7 +41,8 @@ class ObjectiveArguments:
     def objective(self):
         """The PreferenceObjective these arguments describe."""
         (loss_type,) = self.loss_type if isinstance(self.loss_type, list) else [self.loss_type]
-        given = {f.name: getattr(self, f.name) for f in fields(ObjectiveArguments)}
+        names = {f.name for f in fields(self)}
+        given = {f.name: getattr(self, f.name) for f in fields(PreferenceObjective) if f.name in names}
         return preset(loss_type, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -54,7 +55,9 @@ class MallowsConfig(ObjectiveArguments, TrainingArguments):
     Parameters that control the objective:
         loss_type: a preset's name (``mallowspo.presets()``, docs/methods.md), or several joined by "+".
         beta, gamma, label_smoothing, smoothing, focal_gamma, divergence_alpha, discopop_tau, reference_mixing,
-        sft_weight: override the preset's field of that name; None keeps it.
+        sft_weight, token_decay, ld_alpha, bridge_delta, own_token_weights, reference_weights, reference_clip,
+        adaptive_clip, swap_reference_weights: override the preset's field of that name, see
+            :class:`mallowspo.PreferenceObjective`; None keeps it.
 
     Parameters that control the dispersion (read where the preset's link begins with ``mallows-``):
         dispersion_source: "neg_log_dispersion" or "agreement" (a column of the data), or "entropy" (of the reference
@@ -96,6 +99,29 @@ class MallowsConfig(ObjectiveArguments, TrainingArguments):
     loss_type: str = field(
         default="mallows-theta", metadata={"help": f"Preset, or several joined by '+': {', '.join(presets())}."}
     )
+    token_decay: float | None = field(default=None, metadata={"help": "Decay a token, d2po; None: the preset's."})
+    ld_alpha: float | None = field(
+        default=None, metadata={"help": "Weight beyond the shorter response's length, ld-dpo; None: the preset's."}
+    )
+    bridge_delta: float | None = field(
+        default=None, metadata={"help": "Bound of a differing token's weight, bmc; None: the preset's."}
+    )
+    own_token_weights: bool | None = field(
+        default=None, metadata={"help": "The reference draws and weighs for itself, sampo, bmc; None: the preset's."}
+    )
+    reference_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of the references, mrpo; None: the preset's."}
+    )
+    reference_clip: float | None = field(
+        default=None, metadata={"help": "Clips references around the first, mrpo; None: the preset's."}
+    )
+    adaptive_clip: bool | None = field(
+        default=None, metadata={"help": "Share the clip between a pair's responses, mrpo; None: the preset's."}
+    )
+    swap_reference_weights: bool | None = field(
+        default=None, metadata={"help": "Each of two references with the other's weight, mrpo; None: the preset's."}
+    )
+
     dispersion_source: str | None = field(
         default=None, metadata={"help": "neg_log_dispersion, agreement, entropy; None: a column if there is one."}
     )

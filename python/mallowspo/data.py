@@ -279,7 +279,7 @@ def scored_tokens(dataset: Dataset) -> dict[str, list[int]]:
     }
 
 
-# ---- which tokens of a pair differ -----------------------------------------------------------------------------------
+# ---- which tokens of a pair differ ---------------------------------------------------------------------------------
 
 
 def mark_differences(dataset: Dataset, ignored_ids: Any = (), num_proc: int | None = None) -> Dataset:
@@ -309,7 +309,7 @@ def diff_masks(chosen_ids: list[int], rejected_ids: list[int], ignored_ids: Any 
         ignored_ids: Token ids that never count as different; the authors leave out English stop words.
 
     Returns:
-        A mask for the chosen response (replaced or inserted tokens) and one for the rejected one (replaced or deleted).
+        Masks of the chosen response (tokens replaced or inserted) and the rejected one (replaced or deleted).
     """
     ignored = frozenset(ignored_ids)
     chosen, rejected = [False] * len(chosen_ids), [False] * len(rejected_ids)

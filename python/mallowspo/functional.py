@@ -24,6 +24,8 @@ from mallowspo.autograd import (
 from mallowspo.choices import LINKS as LINKS
 from mallowspo.choices import MALLOWS_LINKS, check_positive, check_smoothing, operator_settings
 from mallowspo.linear import LinearTokenStatsFunction
+from mallowspo.mixture import mixed_reference_logps  # noqa: F401
+from mallowspo.token_weights import pair_draws, token_weights  # noqa: F401
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -171,9 +171,9 @@ def _dispersion(trainer):
 def _reference(trainer):
     if trainer.objective.reference_free and trainer._source != "entropy":
         return "none"
-    if trainer.ref_model is not None and trainer.ref_model.config._name_or_path:
-        return f"`{_public(trainer.ref_model.config._name_or_path)}`"
-    return "the model with its adapter off" if trainer._is_peft else "the model as it was before training"
+    own = "the model with its adapter off" if trainer._is_peft else "the model as it was before training"
+    paths = [model.config._name_or_path if model is not None else "" for model in trainer.references]
+    return ", ".join(f"`{_public(path)}`" if path else own for path in paths)
 
 
 def _data(trainer, dataset_name):

@@ -9,6 +9,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from mallowspo import functional as F
 from mallowspo.choices import (
     DISCOPOP_LINKS,
@@ -19,9 +21,14 @@ from mallowspo.choices import (
     operator_settings,
 )
 from mallowspo.family import FAMILY
+from mallowspo.mixture import check_mixture, check_reference_count
+from mallowspo.token_weights import check_token_weights
 
 TOKEN_WEIGHTS = ("uniform", "mean")
 REARRANGEMENTS = ("none", "paired", "unpaired")
+# The fields that weigh single tokens, and those of several references.
+TOKEN_FIELDS = ("token_decay", "ld_alpha", "down_sampling", "bridge_delta")
+MIXTURE_FIELDS = ("reference_weights", "reference_clip", "adaptive_clip", "swap_reference_weights")
 # Fields that one choice alone reads: another value of theirs would be silently ignored under any other choice.
 READ_BY = {
     "smoothing": ("link", ("mallows-phi",)),
@@ -58,6 +65,16 @@ class PreferenceObjective:
         on_policy_weighting: WPO's, without its alignment: multiplies each loss by the two responses' probabilities
             per token (geometric means), not differentiated.
         sft_weight: >= 0, adds this times the chosen response's negative log-likelihood per token.
+        token_decay: in (0, 1], weight token_decay^t of the t-th token (D2PO). 1: none.
+        ld_alpha: in [0, 1], weight of the tokens beyond the length of the shorter response (LD-DPO). 1: none.
+        down_sampling: count as many tokens of the longer response as the shorter one has, drawn at random (SamPO).
+        bridge_delta: >= 0, weight 1 + min(1 / pi, bridge_delta) of the tokens in which the responses differ (BMC).
+            0: none.
+        own_token_weights: the reference has its own draw (SamPO) and its own 1 / ref (BMC) instead of the policy's,
+            as in the authors' code of both.
+        reference_weights: None for one reference; to mix several (MRPO), a number for each, which add up to 1, or
+            "adaptive", see :func:`mallowspo.functional.mixed_reference_logps`.
+        reference_clip, adaptive_clip, swap_reference_weights: see there.
 
     The fields that describe a pair's loss are the arguments of ``mallowspo.functional.preference_loss``.
 
@@ -82,6 +99,15 @@ class PreferenceObjective:
     rearrangement: Literal["none", "paired", "unpaired"] = "none"
     on_policy_weighting: bool = False
     sft_weight: float = 0.0
+    token_decay: float = 1.0
+    ld_alpha: float = 1.0
+    down_sampling: bool = False
+    bridge_delta: float = 0.0
+    own_token_weights: bool = False
+    reference_weights: tuple[float, ...] | str | None = None
+    reference_clip: float | None = None
+    adaptive_clip: bool = False
+    swap_reference_weights: bool = False
 
     def __post_init__(self):
         operator_settings(**self._pair_choices)
@@ -97,6 +123,12 @@ class PreferenceObjective:
                     f"{name}={getattr(self, name)} is read by the {choice} {' and '.join(map(repr, readers))} alone, "
                     f"not by {getattr(self, choice)!r}"
                 )
+        if isinstance(self.reference_weights, list):
+            object.__setattr__(self, "reference_weights", tuple(self.reference_weights))
+        check_token_weights(self.token_decay, self.ld_alpha, self.bridge_delta)
+        check_mixture(**self._mixture)
+        if self.own_token_weights and not (self.down_sampling or self.bridge_delta):
+            raise ValueError("own_token_weights is about down_sampling or bridge_delta; set one of them")
         if self.robust and self.label_smoothing == 0:
             raise ValueError(
                 "robust=True corrects label_smoothing, which is 0; set label_smoothing > 0 or robust=False"
@@ -130,10 +162,22 @@ class PreferenceObjective:
         if self.clip_rejected:
             yield "clip_rejected", "clips at the reference's log-probability", ("reference_free", "reference_mixing")
         if self.divergence != "reverse-kl":
-            excluded = ("token_weights", "reference_free", "reference_mixing")
+            excluded = ("token_weights", *TOKEN_FIELDS, "reference_free", "reference_mixing")
             yield "divergence", "is between whole responses of the policy and of the reference", excluded
+        if self.down_sampling:
+            yield "down_sampling", "takes the length out", ("token_weights", "ld_alpha")
         if self.reference_free:
-            yield "reference_free", "leaves the reference out", ("reference_mixing",)
+            excluded = ("reference_mixing", "reference_weights", "own_token_weights")
+            yield "reference_free", "leaves the reference out", excluded
+
+    @property
+    def weighs_tokens(self):
+        """Whether the loss needs the log-probability of every token, of the reference too."""
+        return any(getattr(self, name) != getattr(PreferenceObjective, name) for name in TOKEN_FIELDS)
+
+    @property
+    def _mixture(self):
+        return {name: getattr(self, name) for name in MIXTURE_FIELDS}
 
     @property
     def uses_dispersion(self):
@@ -148,14 +192,17 @@ class PreferenceObjective:
     def _pair_choices(self):
         return {name: getattr(self, name) for name in PAIR_CHOICES}
 
-    def __call__(self, logps, num_tokens, ref_logps=None, neg_log_dispersion=None):
+    def __call__(self, logps, num_tokens, ref_logps=None, neg_log_dispersion=None, plain_logps=None):
         """The loss of each pair.
 
         Args:
-            logps: [2B] summed log-probability of each response under the policy, chosen first, then rejected.
+            logps: [2B] summed log-probability of each response under the policy, chosen first, then rejected; where
+                the objective weighs tokens, those of :func:`mallowspo.token_weights.weighted_logps`.
             num_tokens: [2B] their numbers of tokens.
-            ref_logps: [2B] the same under the reference; None for a reference-free objective and only then.
+            ref_logps: [2B] the same under the reference, [K, 2B] for reference_weights; None for a reference-free
+                objective and only then.
             neg_log_dispersion: [B] for a mallows link and only then.
+            plain_logps: [2B] the logps without weights, for WPO's weight and the SFT term; None: logps are.
 
         Returns:
             mallowspo.functional.PreferenceLoss; the losses include the SFT term.
@@ -174,11 +221,15 @@ class PreferenceObjective:
             first, second, order = self._rearranged(*scores)
             sorted_losses = F.preference_loss(first, second, **choices).losses
             loss = loss._replace(losses=sorted_losses.index_select(0, order.argsort()))
+        if plain_logps is None:
+            if self.weighs_tokens and (self.on_policy_weighting or self.sft_weight):
+                raise ValueError("on_policy_weighting and sft_weight need plain_logps where tokens are weighted")
+            plain_logps = logps
         if self.on_policy_weighting:
-            weight = sum((logps.detach() / num_tokens).chunk(2)).exp()
+            weight = sum((plain_logps.detach() / num_tokens).chunk(2)).exp()
             loss = loss._replace(losses=weight * loss.losses)
         if self.sft_weight:
-            nll = -(logps / num_tokens).chunk(2)[0]
+            nll = -(plain_logps / num_tokens).chunk(2)[0]
             loss = loss._replace(losses=loss.losses + self.sft_weight * nll)
         return loss
 
@@ -194,7 +245,13 @@ class PreferenceObjective:
     def _scores(self, logps, num_tokens, ref_logps):
         """What the log-ratio of each response is made of: [2B] of the policy and, unless reference-free, [2B] of the
         reference, with the token weights in them."""
-        scores = [logps] if ref_logps is None else [logps, ref_logps]
+        scores = [logps]
+        if ref_logps is not None:
+            ref_logps = torch.atleast_2d(ref_logps)
+            check_reference_count(len(ref_logps), self.reference_weights, self.swap_reference_weights)
+            if len(ref_logps) > 1:
+                ref_logps = torch.cat(F.mixed_reference_logps(*ref_logps.chunk(2, dim=1), **self._mixture))
+            scores.append(ref_logps.flatten())
         if self.token_weights == "mean":
             scores = [score / num_tokens for score in scores]
         if self.reference_mixing is not None:

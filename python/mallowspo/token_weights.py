@@ -17,10 +17,12 @@ import torch
 _STRIDE, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
-def token_weights(token_logps, num_tokens, *, decay=1.0, ld_alpha=1.0, draws=None, bridge_delta=0.0, differs=None):
+def token_weights(
+    token_logps, num_tokens, *, token_decay=1.0, ld_alpha=1.0, draws=None, bridge_delta=0.0, differs=None
+):
     """The product of four factors, each 1 by default; t = 1, 2, ... counts the tokens of a response.
 
-    - D2PO (arXiv 2502.14340): decay^t; as in the authors' code the first token already has decay^1.
+    - D2PO (arXiv 2502.14340): token_decay^t; as in the authors' code the first token already has token_decay^1.
     - LD-DPO (arXiv 2409.06411, TRL's ``ld_alpha``): ld_alpha for t beyond the length of the pair's shorter response.
     - SamPO (arXiv 2406.10957): 1 for as many tokens of the longer response as the shorter one has, drawn uniformly
       without replacement, 0 for its others; 1 for all of the shorter one.
@@ -29,7 +31,7 @@ def token_weights(token_logps, num_tokens, *, decay=1.0, ld_alpha=1.0, draws=Non
     Args:
         token_logps: [N] floating point, log-probability of each token under the model whose 1 / pi is meant.
         num_tokens: [2B] int64, tokens of each response, at least 1.
-        decay: in (0, 1]. ld_alpha: in [0, 1]. bridge_delta: finite, >= 0; 0 bridges nothing.
+        token_decay: in (0, 1]. ld_alpha: in [0, 1]. bridge_delta: finite, >= 0; 0 bridges nothing.
         draws: [B] int64 of :func:`pair_draws`: the same number draws the same positions, in any batch and on any
             device. None keeps all tokens.
         differs: [N] bool, of :func:`mallowspo.data.diff_masks`; for a bridge_delta > 0 and only then.
@@ -40,7 +42,7 @@ def token_weights(token_logps, num_tokens, *, decay=1.0, ld_alpha=1.0, draws=Non
     Raises:
         ValueError: a number out of its range; ``differs`` missing or superfluous.
     """
-    check_token_weights(decay, ld_alpha, bridge_delta)
+    check_token_weights(token_decay, ld_alpha, bridge_delta)
     if (differs is not None) != (bridge_delta > 0):
         raise ValueError(
             f"bridge_delta={bridge_delta} (BMC) needs differs, the mask of the tokens that differ between the two "
@@ -52,8 +54,8 @@ def token_weights(token_logps, num_tokens, *, decay=1.0, ld_alpha=1.0, draws=Non
     place = torch.arange(len(owner), device=owner.device) - (num_tokens.cumsum(0) - num_tokens)[owner]
     is_shared = place < torch.minimum(*num_tokens.chunk(2)).repeat(2)[owner]
     weights = torch.ones_like(token_logps, requires_grad=False)
-    if decay != 1:
-        weights = decay ** (place + 1).to(weights.dtype)
+    if token_decay != 1:
+        weights = token_decay ** (place + 1).to(weights.dtype)
     if ld_alpha != 1:
         weights = torch.where(is_shared, weights, ld_alpha * weights)
     if draws is not None:
@@ -62,14 +64,16 @@ def token_weights(token_logps, num_tokens, *, decay=1.0, ld_alpha=1.0, draws=Non
         order = order[owner[order].argsort(stable=True)]  # response by response, each in the order of its keys
         weights = weights * torch.empty_like(is_shared).scatter_(0, order, is_shared)
     if differs is not None:
-        weights = torch.where(differs, weights * (1 + torch.exp(-token_logps.detach()).clamp(max=bridge_delta)), weights)
+        weights = torch.where(
+            differs, weights * (1 + torch.exp(-token_logps.detach()).clamp(max=bridge_delta)), weights
+        )
     return weights
 
 
-def check_token_weights(decay, ld_alpha, bridge_delta):
+def check_token_weights(token_decay, ld_alpha, bridge_delta):
     """ValueError for a number that :func:`token_weights` cannot take."""
-    if not 0 < decay <= 1:
-        raise ValueError(f"token_decay must be in (0, 1] (1: no decay), got {decay}")
+    if not 0 < token_decay <= 1:
+        raise ValueError(f"token_decay must be in (0, 1] (1: no decay), got {token_decay}")
     if not 0 <= ld_alpha <= 1:
         raise ValueError(f"ld_alpha must be in [0, 1] (1: no discount), got {ld_alpha}")
     if not 0 <= bridge_delta < math.inf:
@@ -113,7 +117,7 @@ def response_sums(token_values, num_tokens, weights=None):
 
 
 def weighted_logps(objective, batch, policy, references, *, seed=0, step=0):
-    """The log-probability of each response, its tokens weighted as the objective says: what the objective is called with.
+    """The log-probability of each response, its tokens weighted by the objective: what the objective is called with.
 
     Args:
         objective: a ``PreferenceObjective``.
@@ -149,7 +153,7 @@ def _weights_of(objective, batch, token_logps, seed, step, stream):
     return token_weights(
         token_logps,
         batch["num_tokens"],
-        decay=objective.token_decay,
+        token_decay=objective.token_decay,
         ld_alpha=objective.ld_alpha,
         draws=draws,
         bridge_delta=objective.bridge_delta,

@@ -1,33 +1,24 @@
 """MallowsTrainer: transformers.Trainer for preference pairs with a dispersion-weighted loss."""
 
 import copy
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 
-from mallowspo import _C
 from mallowspo import functional as F
 from mallowspo.collator import PreferenceCollator
 from mallowspo.config import MallowsConfig
-from mallowspo.data import PAIR_COLUMNS, REFERENCE_COLUMNS, tokenize_pairs
-from mallowspo.dispersion import (
-    agreement_to_neg_log_dispersion,
-    calibrated_scale,
-    fingerprint,
-    load_cache,
-    save_cache,
-)
+from mallowspo.data import PAIR_COLUMNS, mark_differences, tokenize_pairs
+from mallowspo.dispersion import agreement_to_neg_log_dispersion, calibrated_scale
 from mallowspo.distributed import DistributedTrainer
 from mallowspo.metrics import Means, pair_metrics
+from mallowspo.mixture import check_reference_count
 from mallowspo.model_card import WritesModelCard
 from mallowspo.modeling import (
-    SequenceStats,
     add_adapter,
     attach_token_stats,
     disable_dropout,
@@ -37,11 +28,13 @@ from mallowspo.modeling import (
     share_prompts,
     whole,
 )
+from mallowspo.reference_pass import ReadsReferences, numbered
+from mallowspo.token_weights import weighted_logps
 
 logger = logging.get_logger(__name__)
 
 
-class MallowsTrainer(WritesModelCard, DistributedTrainer):
+class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
     """Fine-tunes a causal language model on preference pairs.
 
     Where the reference log-probabilities and entropies come from, in this order: the cache of one pass before training
@@ -50,7 +43,9 @@ class MallowsTrainer(WritesModelCard, DistributedTrainer):
 
     Args:
         model: a ``PreTrainedModel`` with a linear head, a ``PeftModel`` of one, or a name or folder to load.
-        ref_model: the reference, a ``PreTrainedModel``, name or folder; not the same object as model.
+        ref_model: the reference, a ``PreTrainedModel``, name or folder; not the same object as model. A list of
+            several, with the model's tokenizer, for an objective with ``reference_weights`` (MRPO): the anchor first,
+            by whose entropies the dispersion goes; None in it is what no reference at all would mean.
         args: MallowsConfig; default: one with output_dir "<model>-<loss_type>".
         train_dataset, eval_dataset: ``datasets.Dataset`` in one of TRL's preference formats (see
             ``mallowspo.data.tokenize_pairs``); eval_dataset may be a dict of them.
@@ -83,7 +78,8 @@ class MallowsTrainer(WritesModelCard, DistributedTrainer):
         if not isinstance(args, MallowsConfig | None):
             raise TypeError(f"args must be a MallowsConfig, got {type(args).__name__}")
         set_seed((args or MallowsConfig).seed)  # weights that a checkpoint lacks and an adapter's are drawn at random
-        model, ref_model = (m and load_model(m, args and args.model_init_kwargs) for m in (model, ref_model))
+        references = list(ref_model) if isinstance(ref_model, list | tuple) else [ref_model]
+        model, *references = (m and load_model(m, args and args.model_init_kwargs) for m in (model, *references))
         name = model.config._name_or_path
         args = args or MallowsConfig(output_dir=f"{Path(name).name or 'model'}-{MallowsConfig.loss_type}")
         if args.n_gpu > 1:
@@ -94,7 +90,8 @@ class MallowsTrainer(WritesModelCard, DistributedTrainer):
         if train_dataset is None:
             raise ValueError("train_dataset is missing")
         self.objective = args.objective()
-        if ref_model is model:
+        check_reference_count(len(references), self.objective.reference_weights, self.objective.swap_reference_weights)
+        if any(reference is model for reference in references):
             raise ValueError("ref_model is the model itself and would be trained; leave it out or load it again")
         if peft_config is not None:
             model = add_adapter(model, peft_config)
@@ -106,20 +103,20 @@ class MallowsTrainer(WritesModelCard, DistributedTrainer):
             processing_class.pad_token = processing_class.eos_token
 
         self._is_peft = hasattr(model, "get_base_model")
-        for m in filter(None, (model, ref_model)):
+        for m in filter(None, (model, *references)):
             attach_token_stats(m)
             if args.disable_dropout:
                 disable_dropout(m)
         if self._is_peft and args.gradient_checkpointing:
             model.enable_input_require_grads()  # else a checkpointed block sees no input that needs a gradient
-        if ref_model is not None:
-            ref_model.requires_grad_(False)
+        for reference in filter(None, references):
+            reference.requires_grad_(False)
 
         super().__init__(
             model=model,
             args=args,
             data_collator=PreferenceCollator(
-                processing_class.pad_token_id, args.pad_to_multiple_of, self._shares_prompts(args, model, ref_model)
+                processing_class.pad_token_id, args.pad_to_multiple_of, self._shares_prompts(args, model, *references)
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -138,7 +135,7 @@ class MallowsTrainer(WritesModelCard, DistributedTrainer):
         self._source = self._dispersion_source() if self.objective.uses_dispersion else None
         with args.main_process_first(desc="tokenisation"):  # the others read the cache that `datasets` keeps
             self._prepared_sets = {id(d): (d, self._prepare(d, name)) for name, d in given.items()}
-        self._set_up_reference(ref_model, given)
+        self._set_up_references(references, given)
 
     # ---- setting up ------------------------------------------------------------------------------------------------
 
@@ -159,6 +156,8 @@ class MallowsTrainer(WritesModelCard, DistributedTrainer):
             values = agreement_to_neg_log_dispersion(dataset["agreement"][:], self.objective.link)
             dataset = dataset.remove_columns([column for column in PAIR_COLUMNS if column in dataset.column_names])
             dataset = dataset.add_column("neg_log_dispersion", values)
+        if self.objective.bridge_delta:
+            dataset = mark_differences(dataset, num_proc=self.args.dataset_num_proc)
         return dataset
 
     def _prepared(self, dataset):
@@ -170,23 +169,25 @@ class MallowsTrainer(WritesModelCard, DistributedTrainer):
     def _get_dataloader(self, dataset, *args, **kwargs):
         return super()._get_dataloader(self._prepared(dataset), *args, **kwargs)
 
-    def _set_up_reference(self, ref_model, given):
-        """Decides where reference and dispersion come from and makes the cached pass where one is needed."""
+    def _set_up_references(self, references, given):
+        """Decides where references and dispersion come from and makes the cached pass where one is needed."""
         args, objective = self.args, self.objective
         needs_entropy, needs_logps = self._source == "entropy", not objective.reference_free
-        if not (needs_logps or needs_entropy) and (ref_model is not None or args.precompute_ref_log_probs):
+        if not (needs_logps or needs_entropy) and (references != [None] or args.precompute_ref_log_probs):
             raise ValueError(f"loss_type {args.loss_type!r} reads no reference; leave out what sets or computes one")
         cached = (needs_logps and args.precompute_ref_log_probs) or (
             needs_entropy and (args.dispersion_scale == "auto" or objective.reference_free)
         )
-        self.ref_model = ref_model
-        if ref_model is None and needs_logps and not cached and not self._is_peft:
-            self.ref_model = copy.deepcopy(whole(self.model)).requires_grad_(False)
-        reference = self.ref_model or self.model
-        if self.ref_model is not None or cached:
-            if next(whole(reference).parameters()).device != args.device:  # FSDP and DeepSpeed leave it on the CPU
-                self._move_model_to_device(reference, args.device)
-        self._vocabulary = reference.get_output_embeddings().out_features  # the weight's shape may be of a shard
+        if None in references and needs_logps and not cached and not self._is_peft:
+            start = copy.deepcopy(whole(self.model)).requires_grad_(False)
+            references = [model or start for model in references]
+        self.ref_model, *self.other_references = references
+        for reference in (model or self.model for model in references):
+            if reference is not self.model or cached:
+                if next(whole(reference).parameters()).device != args.device:  # FSDP, DeepSpeed leave it on the CPU
+                    self._move_model_to_device(reference, args.device)
+        anchor = references[0] or self.model
+        self._vocabulary = anchor.get_output_embeddings().out_features  # the weight's shape may be of a shard
         if cached:
             for name, dataset in {id(d): (name, d) for name, d in given.items()}.values():
                 self._prepared_sets[id(dataset)] = dataset, self._with_reference(self._prepared(dataset), name)
@@ -217,98 +218,30 @@ class MallowsTrainer(WritesModelCard, DistributedTrainer):
         logger.warning_once(f"prompts are encoded once for each response, in padded rows: {obstacle}")
         return False
 
-    # ---- the reference ---------------------------------------------------------------------------------------------
-
-    def _with_reference(self, dataset, name):
-        """The data set with the reference's columns, from the cache or from one pass."""
-        columns = None
-        if self.accelerator.is_main_process:  # one rank decides, so that all agree where they share no disk
-            model = self.accelerator.unwrap_model(self.ref_model or self.model)
-            settings = {"version": _C.build["version"], "mixed_precision": self.accelerator.mixed_precision}
-            key = fingerprint(model, dataset, settings, with_adapter=self.ref_model is not None)
-            path = Path(self.args.reference_cache_dir or Path(self.args.output_dir) / "_reference_cache")
-            path = path / f"{key}.safetensors"
-            if path.exists():
-                logger.info(f"reference log-probabilities and entropies of {name} read from {path}")
-                columns = load_cache(path, key, len(dataset))
-        (columns,) = broadcast_object_list([columns])
-        if columns is None:
-            columns = self._over_pairs(dataset, self._reference_columns, f"Reference pass ({name})")
-            if self.accelerator.is_main_process:
-                save_cache(path, columns, key)
-        for column, values in columns.items():
-            dataset = dataset.add_column(column, values.numpy())
-        return dataset
-
-    def _reference_columns(self, batch):
-        stats = self._reference_stats(batch)
-        halves = *stats.logps.chunk(2), *stats.entropy.chunk(2)
-        return dict(zip(REFERENCE_COLUMNS, halves, strict=True))
-
-    @torch.no_grad()
-    def _over_pairs(self, dataset, compute, description):
-        """``compute(batch)`` -> dict of [B] tensors, over the data set split over the ranks -> dict of [rows], CPU."""
-        size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        # Every rank makes as many passes as the others, who may wait for it; what hangs over is cut off again.
-        share = -(-len(dataset) // world)
-        parts = []
-        for start in tqdm(range(0, share, size), desc=description, disable=rank != 0 or self.args.disable_tqdm):
-            rows = [(rank * share + i) % len(dataset) for i in range(start, min(start + size, share))]
-            batch = self._prepare_inputs(self.data_collator([dataset[row] for row in rows]))
-            with self.accelerator.autocast():
-                parts.append(compute(batch))
-        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return {name: self.accelerator.gather(values)[: len(dataset)].cpu() for name, values in columns.items()}
-
-    @torch.no_grad()
-    def _reference_stats(self, batch):
-        """SequenceStats [2B] of the live reference."""
-        model = self.ref_model or self.model_wrapped
-        without_adapter = nullcontext()
-        if self.ref_model is None and self._is_peft:
-            without_adapter = self.accelerator.unwrap_model(self.model).disable_adapter()
-        # An autocast of its own: the policy's would reuse the weights that were cast here, without a gradient.
-        with evaluating(model), without_adapter, self.accelerator.autocast():
-            return sequence_stats(model, batch)
-
-    def _reference_of(self, batch):
-        """Reference SequenceStats [2B] of a batch: from its columns, else from the live model, else None."""
-        if "ref_chosen_logps" in batch:
-            columns = [batch[name] for name in REFERENCE_COLUMNS]
-            return SequenceStats(torch.cat(columns[:2]), torch.cat(columns[2:]))
-        if self.objective.reference_free and self._source != "entropy":
-            return None
-        if self.ref_model is None and not self._is_peft:
-            raise ValueError(
-                "this data set was not given to the constructor, so the reference never saw it, and no reference was "
-                "kept: pass it as eval_dataset, or pass ref_model"
-            )
-        return self._reference_stats(batch)
-
-    def _dispersion_of(self, batch, reference):
+    def _dispersion_of(self, batch, references):
         """[B] float32 neg-log dispersion, scaled; None where the objective uses none."""
         if not self.objective.uses_dispersion:
             return None
         if self._source == "entropy":
-            return F.neg_log_dispersion(*reference.entropy.chunk(2), self._vocabulary, scale=self.dispersion_scale)
+            return F.neg_log_dispersion(*references[0].entropy.chunk(2), self._vocabulary, scale=self.dispersion_scale)
         return self.dispersion_scale * batch["neg_log_dispersion"]
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
     def _pair_losses(self, model, batch):
         """Loss of each pair, its statistics and its metrics: what a step, an evaluation and a score share."""
-        reference = self._reference_of(batch)
+        references = self._reference_of(batch)
         policy = sequence_stats(model, batch)
-        dispersion = self._dispersion_of(batch, reference)
-        ref_logps = None if self.objective.reference_free else reference.logps
-        loss = self.objective(policy.logps, batch["num_tokens"], ref_logps, dispersion)
-        return loss, policy, reference, dispersion
+        dispersion = self._dispersion_of(batch, references)
+        step = self.state.global_step if model.training else 0
+        logps, ref_logps = weighted_logps(self.objective, batch, policy, references, seed=self.args.seed, step=step)
+        loss = self.objective(logps, batch["num_tokens"], ref_logps, dispersion, plain_logps=policy.logps)
+        return loss, policy, references, dispersion
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, policy, reference, dispersion = self._pair_losses(model, inputs)
+        loss, policy, references, dispersion = self._pair_losses(model, inputs)
         vocabulary = self._vocabulary if self._source == "entropy" else None
-        values = pair_metrics(loss, policy, reference, dispersion, inputs["num_tokens"], vocabulary)
+        values = pair_metrics(loss, policy, next(iter(references), None), dispersion, inputs["num_tokens"], vocabulary)
         self._means.add("train" if model.training else "eval", values, inputs.get("counts"))
         if num_items_in_batch is None:
             total = loss.losses.mean()
@@ -350,20 +283,22 @@ class MallowsTrainer(WritesModelCard, DistributedTrainer):
             pairs without a completion token within max_length are left out), ``chosen_logps``, ``rejected_logps``,
             ``chosen_tokens``, ``rejected_tokens``, ``losses``, ``chosen_rewards``, ``rejected_rewards``; with a
             reference ``ref_chosen_logps``, ``ref_rejected_logps``, ``ref_chosen_entropy``, ``ref_rejected_entropy``
-            (mean nats a token); with a dispersion ``neg_log_dispersion``, scaled.
+            (mean nats a token), of further ones the same with ``_1``, ``_2``, ...; with a dispersion
+            ``neg_log_dispersion``, scaled.
         """
         tokenized = self._prepared(dataset)
 
         def compute(batch):
-            loss, policy, reference, dispersion = self._pair_losses(self.model_wrapped, batch)
+            loss, policy, references, dispersion = self._pair_losses(self.model_wrapped, batch)
             columns = {
                 "losses": loss.losses,
                 "chosen_rewards": loss.chosen_rewards,
                 "rejected_rewards": loss.rejected_rewards,
             }
             stats = {"{}_logps": policy.logps, "{}_tokens": batch["num_tokens"]}
-            if reference is not None:
-                stats |= {"ref_{}_logps": reference.logps, "ref_{}_entropy": reference.entropy}
+            for number, reference in enumerate(references):
+                stats[numbered("ref_{}_logps", number)] = reference.logps
+                stats[numbered("ref_{}_entropy", number)] = reference.entropy
             for name, values in stats.items():
                 columns[name.format("chosen")], columns[name.format("rejected")] = values.chunk(2)
             return columns if dispersion is None else columns | {"neg_log_dispersion": dispersion}

@@ -88,7 +88,13 @@ class DPOConfig(ObjectiveArguments, trl.DPOConfig):
                 "dispersion_scale='auto' needs a pass over the data that TRL's trainer does not make: give a number, "
                 "or use mallowspo.MallowsTrainer, which calibrates it (and logs it as dispersion/scale)"
             )
-        self.objective()
+        objective = self.objective()
+        for name, needed in (("weighs_tokens", "token weights"), ("reference_weights", "several references")):
+            if getattr(objective, name):
+                raise ValueError(
+                    f"loss_type {self.loss_type[0]!r} has {needed}, which TRL's trainer does not keep apart: use "
+                    "mallowspo.MallowsTrainer"
+                )
         check_dispersion(self, default_scale=None)
 
 
