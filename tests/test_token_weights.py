@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mallowspo.modeling import SequenceStats
+from mallowspo.modeling import ResponseStats
 from mallowspo.objective import PreferenceObjective, preset
 from mallowspo.token_weights import pair_draws, response_sums, token_weights, weighted_logps
 
@@ -25,7 +25,7 @@ TOKEN_PRESETS = ("d2po", "ld-dpo", "sampo", "bmc")
 
 
 def stats(token_logps, num_tokens):
-    return SequenceStats(response_sums(token_logps, num_tokens), None, token_logps)
+    return ResponseStats(response_sums(token_logps, num_tokens), None, token_logps)
 
 
 def batch_of(num_tokens, differs, rows=None):

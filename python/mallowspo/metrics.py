@@ -10,7 +10,7 @@ def pair_metrics(loss, policy, reference, dispersion, num_tokens, vocabulary):
 
     Args:
         loss: ``PreferenceLoss`` of the pairs.
-        policy, reference: ``SequenceStats`` [2B], chosen then rejected; reference may be None.
+        policy, reference: ``ResponseStats`` [2B], chosen then rejected; reference may be None.
         dispersion: [B] scaled neg-log dispersion, or None.
         num_tokens: [2B] scored tokens of each sequence.
         vocabulary: V where the dispersion is the entropy index of the reference, else None.

@@ -29,10 +29,14 @@ _DIVISOR = "logits_scaling"
 
 
 class SequenceStats(NamedTuple):
-    """Of R sequences, [R]: log-probability of the completion, summed, and mean entropy (nats) of its tokens.
+    """Of R sequences, [R]: log-probability of the completion, summed, and mean entropy (nats) of its tokens."""
 
-    And [N], sequence by sequence: the log-probability of each token; None where only the sums were kept.
-    """
+    logps: torch.Tensor
+    entropy: torch.Tensor
+
+
+class ResponseStats(NamedTuple):
+    """SequenceStats and the log-probability of each scored token, [N]: None where only the sums were kept."""
 
     logps: torch.Tensor
     entropy: torch.Tensor
@@ -200,6 +204,11 @@ def _encoded(batch):
 
 
 def sequence_stats(model, batch):
+    """The sums of :func:`response_stats`: SequenceStats, [R] float32; differentiable."""
+    return SequenceStats(*response_stats(model, batch)[:2])
+
+
+def response_stats(model, batch):
     """Runs the model (wrapped or not) on a collated batch.
 
     Args:
@@ -207,12 +216,12 @@ def sequence_stats(model, batch):
         batch: of :class:`mallowspo.collator.PreferenceCollator`, R = 2B sequences, or of ``pack`` or ``pad``.
 
     Returns:
-        SequenceStats, float32; differentiable.
+        ResponseStats, float32; differentiable.
     """
     token_logps, token_entropy = model(**_encoded(batch), target_ids=batch["target_ids"])
     lengths = batch["num_tokens"]
     logps, entropy = (response_sums(values, lengths) for values in (token_logps, token_entropy))
-    return SequenceStats(logps, entropy / lengths, token_logps)
+    return ResponseStats(logps, entropy / lengths, token_logps)
 
 
 def load_model(model, init_kwargs=None):

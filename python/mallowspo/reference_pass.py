@@ -13,7 +13,7 @@ from transformers.utils import logging
 from mallowspo import _C
 from mallowspo.data import REFERENCE_COLUMNS, TOKEN_REFERENCE_COLUMNS, scored_tokens
 from mallowspo.dispersion import fingerprint, load_cache, save_cache
-from mallowspo.modeling import SequenceStats, evaluating, sequence_stats
+from mallowspo.modeling import ResponseStats, evaluating, response_stats
 
 logger = logging.get_logger(__name__)
 
@@ -110,17 +110,17 @@ class ReadsReferences:
 
     @torch.no_grad()
     def _reference_stats(self, model, batch):
-        """SequenceStats [2B] of a live reference; None is the model with its adapter off."""
+        """ResponseStats [2B] of a live reference; None is the model with its adapter off."""
         without_adapter = nullcontext()
         if model is None and self._is_peft:
             without_adapter = self.accelerator.unwrap_model(self.model).disable_adapter()
         model = model or self.model_wrapped
         # An autocast of its own: the policy's would reuse the weights that were cast here, without a gradient.
         with evaluating(model), without_adapter, self.accelerator.autocast():
-            return sequence_stats(model, batch)
+            return response_stats(model, batch)
 
     def _reference_of(self, batch):
-        """[SequenceStats [2B]] of a batch: from its columns, else from the live models; [] if none is read."""
+        """[ResponseStats [2B]] of a batch: from its columns, else from the live models; [] if none is read."""
         if "ref_chosen_logps" in batch:
             return [_from_columns(batch, number) for number in range(len(self.references))]
         if self.objective.reference_free and self._source != "entropy":
@@ -136,4 +136,4 @@ class ReadsReferences:
 def _from_columns(batch, number):
     columns = [batch[numbered(name, number)] for name in REFERENCE_COLUMNS]
     tokens = [batch[numbered(name, number)] for name in TOKEN_REFERENCE_COLUMNS if name in batch]
-    return SequenceStats(torch.cat(columns[:2]), torch.cat(columns[2:]), torch.cat(tokens) if tokens else None)
+    return ResponseStats(torch.cat(columns[:2]), torch.cat(columns[2:]), torch.cat(tokens) if tokens else None)

@@ -123,7 +123,7 @@ def weighted_logps(objective, batch, policy, references, *, seed=0, step=0):
         objective: a ``PreferenceObjective``.
         batch: of :class:`mallowspo.collator.PreferenceCollator`; ``num_tokens`` is read, for SamPO ``row``, for BMC
             ``differs``.
-        policy: ``SequenceStats`` of the policy. references: a list of those of K references, the anchor first, or [].
+        policy: ``ResponseStats`` of the policy. references: a list of those of K references, the anchor first, or [].
         seed, step: what SamPO's draw depends on besides the pair.
 
     Returns:

@@ -24,7 +24,7 @@ from mallowspo.modeling import (
     disable_dropout,
     evaluating,
     load_model,
-    sequence_stats,
+    response_stats,
     share_prompts,
     whole,
 )
@@ -231,9 +231,9 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
     def _pair_losses(self, model, batch):
         """Loss of each pair, its statistics and its metrics: what a step, an evaluation and a score share."""
         references = self._reference_of(batch)
-        policy = sequence_stats(model, batch)
+        policy = response_stats(model, batch)
         dispersion = self._dispersion_of(batch, references)
-        step = self.state.global_step if model.training else 0
+        step = self.state.global_step if self.model.training else 0  # of a wrapper, score leaves the mode
         logps, ref_logps = weighted_logps(self.objective, batch, policy, references, seed=self.args.seed, step=step)
         loss = self.objective(logps, batch["num_tokens"], ref_logps, dispersion, plain_logps=policy.logps)
         return loss, policy, references, dispersion
