@@ -282,40 +282,38 @@ def scored_tokens(dataset: Dataset) -> dict[str, list[int]]:
 # ---- which tokens of a pair differ ---------------------------------------------------------------------------------
 
 
-def mark_differences(dataset: Dataset, ignored_ids: Any = (), num_proc: int | None = None) -> Dataset:
+def mark_differences(dataset: Dataset, num_proc: int | None = None) -> Dataset:
     """Adds `DIFF_COLUMNS`, the masks of `diff_masks`, to a data set of `tokenize_pairs`."""
     features = dataset.features.copy() | {name: List(Value("bool")) for name in DIFF_COLUMNS}
     return dataset.map(
         _mark_row,
-        fn_kwargs={"ignored_ids": sorted(ignored_ids), "revision": _REVISION},
+        fn_kwargs={"revision": _REVISION},
         features=Features(features),
         num_proc=num_proc,
         desc="Comparing the responses of each pair",
     )
 
 
-def _mark_row(row: dict[str, Any], ignored_ids: list[int], revision: int) -> dict[str, list[bool]]:
-    return dict(zip(DIFF_COLUMNS, diff_masks(row["chosen_ids"], row["rejected_ids"], ignored_ids), strict=True))
+def _mark_row(row: dict[str, Any], revision: int) -> dict[str, list[bool]]:
+    return dict(zip(DIFF_COLUMNS, diff_masks(row["chosen_ids"], row["rejected_ids"]), strict=True))
 
 
-def diff_masks(chosen_ids: list[int], rejected_ids: list[int], ignored_ids: Any = ()) -> tuple[list[bool], list[bool]]:
+def diff_masks(chosen_ids: list[int], rejected_ids: list[int]) -> tuple[list[bool], list[bool]]:
     """Which tokens of each of two responses an edit of the rejected into the chosen one touches (BMC's diff).
 
-    The edit is that of `difflib.SequenceMatcher`, as in the authors' code, on the responses alone and without its
-    heuristic for frequent elements, which would make the result depend on a length of 200 tokens.
+    The edit is that of `difflib.SequenceMatcher`, as in the authors' code, but of the responses alone, with stop words
+    like any other token, and without its heuristic for frequent elements, which sets in at a length of 200.
 
     Args:
         chosen_ids, rejected_ids: Token ids.
-        ignored_ids: Token ids that never count as different; the authors leave out English stop words.
 
     Returns:
         Masks of the chosen response (tokens replaced or inserted) and the rejected one (replaced or deleted).
     """
-    ignored = frozenset(ignored_ids)
     chosen, rejected = [False] * len(chosen_ids), [False] * len(rejected_ids)
     edit = SequenceMatcher(None, rejected_ids, chosen_ids, autojunk=False).get_opcodes()
     for tag, *ends in edit:
         if tag != "equal":
-            for mask, ids, start, end in ((rejected, rejected_ids, *ends[:2]), (chosen, chosen_ids, *ends[2:])):
-                mask[start:end] = [token not in ignored for token in ids[start:end]]
+            for mask, start, end in ((rejected, *ends[:2]), (chosen, *ends[2:])):
+                mask[start:end] = [True] * (end - start)
     return chosen, rejected

@@ -233,7 +233,7 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         references = self._reference_of(batch)
         policy = response_stats(model, batch)
         dispersion = self._dispersion_of(batch, references)
-        step = self.state.global_step if self.model.training else 0  # of a wrapper, score leaves the mode
+        step = self.state.global_step if self.model.training else 0  # score leaves a wrapper in its mode
         logps, ref_logps = weighted_logps(self.objective, batch, policy, references, seed=self.args.seed, step=step)
         loss = self.objective(logps, batch["num_tokens"], ref_logps, dispersion, plain_logps=policy.logps)
         return loss, policy, references, dispersion
