@@ -55,9 +55,9 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
 
     Metrics, each a sum over all ranks divided by a count over all ranks: ``rewards/chosen``, ``rewards/rejected``,
     ``rewards/margins``, ``rewards/accuracies`` (ties count half), ``logps/chosen``, ``logps/rejected``,
-    ``log_ratio/chosen``, ``log_ratio/rejected`` (policy over reference, per token), ``entropy`` (of the policy), and
-    for mallows objectives ``dispersion/neg_log_mean`` (scaled) and ``dispersion/entropy`` (the normalised index). The
-    log of training also has ``dispersion/scale``.
+    ``log_ratio/chosen``, ``log_ratio/rejected`` (policy over the first reference, per token), ``entropy`` (of the
+    policy), and for mallows objectives ``dispersion/neg_log_mean`` (scaled) and ``dispersion/entropy`` (the normalised
+    index). The log of training also has ``dispersion/scale``. Token weights are in the rewards and the loss alone.
 
     Raises:
         TypeError, ValueError: a model, reference or data set that cannot be used, with the reason.
