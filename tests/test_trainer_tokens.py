@@ -10,10 +10,11 @@ from mallowspo import objective, reference
 from mallowspo.collator import PreferenceCollator
 from mallowspo.data import diff_masks, tokenize_pairs
 from mallowspo.mixture import mixed_reference_logps
+from mallowspo.model_card import model_card
 from mallowspo.token_weights import pair_draws, token_weights
 
 PRESETS = ("d2po", "ld-dpo", "sampo", "bmc")
-COMPOSED = (*PRESETS, "mallows-theta+sampo", "mallows-phi+d2po+bmc", "mallows-theta+d2po+mrpo")
+COMPOSED = ("ld-dpo", "mallows-theta+sampo", "mallows-phi+d2po+bmc", "mallows-theta+d2po+mrpo")
 
 
 def references(loss_type):
@@ -122,6 +123,14 @@ def test_the_dispersion_is_the_anchors(tmp_path):
             assert several[f"ref_chosen_entropy{suffix}"] == pytest.approx(one["ref_chosen_entropy"], rel=1e-6)
             same = several["neg_log_dispersion"] == pytest.approx(one["neg_log_dispersion"], rel=1e-6)
             assert same == (number == 0)
+
+
+def test_the_card_names_every_reference(tmp_path):
+    other = tiny_model(seed=2)
+    other.config._name_or_path = "maker/other"
+    text = str(model_card(trainer_of(tmp_path, "mrpo", ref_model=[None, other], peft_config=lora())))
+    assert "Reference: the model with its adapter off, `maker/other`." in text
+    assert "Reference: `maker/other`." in str(model_card(trainer_of(tmp_path, "d2po", ref_model=other)))
 
 
 # All ways to train are one
