@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mallowspo.functional import pair_draws, token_weights
 from mallowspo.modeling import ResponseStats
 from mallowspo.objective import PreferenceObjective, preset
-from mallowspo.token_weights import pair_draws, response_sums, token_weights, weighted_logps
+from mallowspo.token_weights import response_sums, weighted_logps
 
 # One pair by hand: the chosen response has three tokens, the rejected one two. Log-ratios 0.5, 1, -1 and 0.25, 0.5.
 NUM_TOKENS = torch.tensor([3, 2])
