@@ -196,8 +196,10 @@ def every_function(hidden, weight, labels, ref_logps, dispersion, smoothing=1.0)
         chosen, rejected, *ref_logps.chunk(2), neg_log_dispersion=estimate, label_smoothing=0.1
     )
     plain = F.preference_loss(chosen, rejected, link="bradley-terry").losses
+    errors = -chosen, -rejected, *(-ref_logps).chunk(2)
+    images = F.diffusion_preference_loss(*errors, neg_log_dispersion=estimate, beta=0.2).losses
     link = F.mallows_log_prob(chosen - rejected, dispersion, smoothing=smoothing)
-    return (losses + plain + chosen_rewards).sum() + whole.logps.sum() + linear.entropy.sum() - link.sum()
+    return (losses + plain + images + chosen_rewards).sum() + whole.logps.sum() + linear.entropy.sum() - link.sum()
 
 
 def bandit_step(hidden, weight, labels, ref_logps, dispersion):

@@ -347,6 +347,61 @@ def preference_loss(
     return PreferenceLoss(*PreferenceLossFunction.apply(*logps, neg_log_dispersion, *settings))
 
 
+def diffusion_preference_loss(
+    chosen_errors,
+    rejected_errors,
+    ref_chosen_errors,
+    ref_rejected_errors,
+    *,
+    neg_log_dispersion=None,
+    beta=5000.0,
+    **choices,
+):
+    """:func:`preference_loss` of two images under a diffusion model, from the errors of its predicted noise.
+
+    With d the mean squared error of an image's predicted noise, z = -K [(d_w - d_l) - (dref_w - dref_l)] - gamma and
+    K = beta / 2: ``bradley-terry`` is Diffusion-DPO (arXiv 2311.12908) in the form of its authors' code, the mallows
+    links are its plug-ins. The paper multiplies squared norms, not means, by beta T omega(lambda_t) with a constant
+    omega; for noise of D numbers that is K = D beta_paper T omega.
+
+    All four errors of a pair are of the same noise at the same timestep:
+    ``(noise_pred.float() - noise.float()).pow(2).flatten(1).mean(1)``, chosen and rejected of one forward pass.
+
+    Args:
+        chosen_errors, rejected_errors: [B] (any one shape), of a model that predicts the noise (epsilon), >= 0;
+            float32 or float64, because K multiplies differences that half precision would round away.
+        ref_chosen_errors, ref_rejected_errors: the same under the reference model.
+        neg_log_dispersion: a >= 0, [B]; for the mallows links and only for them. There are no token entropies to
+            estimate it from: it comes from the data, such as :mod:`mallowspo.dispersion`'s of the raters' agreement.
+        beta: > 0; the authors' default, for latents of Stable Diffusion 1.5 and XL.
+        **choices: link, gamma and the others of :func:`preference_loss`.
+
+    Returns:
+        PreferenceLoss(losses, chosen_rewards, rejected_rewards), all [B]; the rewards are K (dref - d), detached.
+
+    Raises:
+        TypeError, ValueError: as :func:`preference_loss`; errors in half precision.
+    """
+    errors = {
+        "chosen_errors": chosen_errors,
+        "rejected_errors": rejected_errors,
+        "ref_chosen_errors": ref_chosen_errors,
+        "ref_rejected_errors": ref_rejected_errors,
+    }
+    # Checked here under the caller's names; what is checked below is what preference_loss calls the same.
+    tensors = errors if neg_log_dispersion is None else errors | {"neg_log_dispersion": neg_log_dispersion}
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor, (torch.float32, torch.float64))
+    _check_alike(**tensors)
+    check_positive("beta", beta)
+    return preference_loss(
+        *(-tensor for tensor in errors.values()),
+        neg_log_dispersion=neg_log_dispersion,
+        beta=beta / 2,
+        **choices,
+    )
+
+
 def _check_tensor(name, tensor, dtypes):
     if not torch.is_tensor(tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
