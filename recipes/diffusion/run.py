@@ -1,0 +1,221 @@
+"""Diffusion-DPO and its Mallows plug-in on a small diffusion model of pictures whose preferences are known.
+
+    python recipes/diffusion/run.py                                      # default.yaml
+    python recipes/diffusion/run.py --links bradley-terry mallows-phi --beta 500
+    python recipes/diffusion/run.py --pretrained folder/with/unet/and/scheduler
+
+Every option can stand in the YAML file or on the command line, which wins. Writes results.json, results.md, samples.png
+and measures.png into output_dir. Each stage (the pretrained model, each link and seed) is kept in output_dir/stages under
+a hash of what it depends on: an interrupted run goes on where it was, a changed option repeats only what it changes.
+"""
+
+import copy
+import hashlib
+import io
+import json
+import os
+import platform
+import sys
+import tempfile
+import zipfile
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # what the recipes share
+import model
+import pictures
+import report
+
+import mallowspo
+from mallowspo import functional as F
+from mallowspo.dispersion import agreement_to_neg_log_dispersion, calibrated_scale
+from mallowspo.files import write_whole
+from options import parse_options
+
+
+@dataclass
+class DiffusionArguments:
+    """What is pretrained, what is tuned and how it is measured."""
+
+    config: str = field(
+        default=str(Path(__file__).with_name("default.yaml")), metadata={"help": "YAML file of options."}
+    )
+    output_dir: str = field(default="outputs/diffusion", metadata={"help": "Results and stages."})
+    pretrained: str | None = field(
+        default=None,
+        metadata={"help": "Folder with unet/ and scheduler/ of a model of these pictures; None: make one."},
+    )
+    channels: list[int] = field(default_factory=lambda: [16, 32, 32], metadata={"help": "Of each resolution."})
+    pretrain_steps: int = field(default=1000, metadata={"help": "Optimiser steps."})
+    pretrain_batch_size: int = field(default=64, metadata={"help": "Pictures a step."})
+    pretrain_learning_rate: float = field(default=2e-3, metadata={"help": "Largest of the one-cycle schedule."})
+    agreement: list[float] = field(
+        default_factory=lambda: [0.95, 0.85, 0.65, 0.55],
+        metadata={"help": f"Share of raters with the majority, by shape: {', '.join(pictures.SHAPES)}."},
+    )
+    train_pairs: int = field(default=1024, metadata={"help": "Pairs with one vote each, drawn by each seed."})
+    links: list[str] = field(
+        default_factory=lambda: ["bradley-terry", "mallows-theta"], metadata={"help": "The first is compared with."}
+    )
+    seeds: int = field(default=5, metadata={"help": "Runs of each link: own pairs, votes, noise and samples."})
+    beta: float = field(default=1000.0, metadata={"help": "K of the loss is half of it."})
+    steps: int = field(default=100, metadata={"help": "Optimiser steps of a run."})
+    batch_size: int = field(default=32, metadata={"help": "Pairs a step."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Of a run, after ten steps of warm-up."})
+    samples: int = field(default=128, metadata={"help": "Pictures sampled before and after each run."})
+    sampling_steps: int = field(default=16, metadata={"help": "DDIM steps of a sample."})
+    held_out_pairs: int = field(default=64, metadata={"help": "Pairs of the majority's order, drawn by each seed."})
+    held_out_timesteps: int = field(default=6, metadata={"help": "Timesteps at which a held-out pair is scored."})
+
+
+def check_arguments(arguments):
+    """ValueError for options that no run can have."""
+    for name in (
+        "pretrain_steps", "pretrain_batch_size", "train_pairs", "seeds", "steps", "batch_size", "sampling_steps",
+        "held_out_timesteps",
+    ):  # fmt: skip
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(arguments, name)}")
+    for name in ("samples", "held_out_pairs"):
+        if getattr(arguments, name) < len(pictures.SHAPES):
+            raise ValueError(
+                f"{name} must be at least {len(pictures.SHAPES)}, one a shape, got {getattr(arguments, name)}"
+            )
+    if arguments.batch_size > arguments.train_pairs:
+        raise ValueError(f"batch_size {arguments.batch_size} is more than train_pairs {arguments.train_pairs}")
+    for link in arguments.links:
+        F.check_link(link)
+    pictures.check_agreement(arguments.agreement)
+
+
+def digest(*parts):
+    """A short hash of bytes and of what JSON can hold."""
+    hasher = hashlib.sha256()
+    for part in parts:
+        hasher.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())
+    return hasher.hexdigest()[:12]
+
+
+def pretrained_model(arguments, stages):
+    """(unet, scheduler) from the folder given, from the stage of an earlier run, or made now and kept there."""
+    folder = arguments.pretrained
+    if folder is None:
+        names = ("channels", "pretrain_steps", "pretrain_batch_size", "pretrain_learning_rate")
+        folder = stages / f"pretrained-{digest({name: getattr(arguments, name) for name in names})}"
+        if not folder.exists():
+            unet, scheduler = model.make_model(arguments.channels, seed=0)
+            unet = model.pretrain(
+                unet,
+                scheduler,
+                arguments.pretrain_steps,
+                arguments.pretrain_batch_size,
+                arguments.pretrain_learning_rate,
+                seed=0,
+            )
+            stages.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=stages) as temporary:
+                written = Path(temporary) / "model"
+                unet.save_pretrained(written / "unet")
+                scheduler.save_pretrained(written / "scheduler")
+                os.replace(written, folder)
+    return model.load_model(folder)
+
+
+def run_seed(arguments, unet, scheduler, link, seed, bar):
+    """Tunes a copy of the UNet under a link (None: leaves it as it is) and measures it; a dict of arrays.
+
+    The pairs, the held-out pairs and the noise of the samples depend on the seed alone, so that the links and the model
+    before tuning can be compared picture by picture.
+    """
+    generator = torch.Generator().manual_seed(1000 + seed)
+    train = pictures.draw_pairs(arguments.train_pairs, arguments.agreement, generator)
+    held_out = pictures.draw_pairs(arguments.held_out_pairs, arguments.agreement, generator, consensus=True)
+    shapes = torch.arange(arguments.samples) % len(pictures.SHAPES)
+    noise = torch.randn(arguments.samples, *train.chosen.shape[1:], generator=generator)
+    dispersion = None
+    if link in F.MALLOWS_LINKS:
+        dispersion = agreement_to_neg_log_dispersion(train.agreement, link)
+        dispersion = torch.tensor(dispersion * calibrated_scale(dispersion), dtype=torch.float32)
+    tuned, history = copy.deepcopy(unet), []
+    if link is not None:
+        steps = model.tune(
+            tuned,
+            unet,
+            scheduler,
+            train,
+            dispersion,
+            link=link,
+            beta=arguments.beta,
+            steps=arguments.steps,
+            batch_size=arguments.batch_size,
+            learning_rate=arguments.learning_rate,
+            seed=seed,
+        )
+        for loss, accuracy in steps:
+            history.append((loss, accuracy))
+            bar.update()
+    images = model.sample(tuned, scheduler, shapes, noise, arguments.sampling_steps)
+    seen = pictures.look(images)
+    accuracy, distance = model.compare(tuned, unet, scheduler, held_out, arguments.held_out_timesteps, seed)
+    return {
+        "preferred": ((seen.warmth > 0) == pictures.prefers_warm(shapes)).numpy(),
+        "right_shape": (seen.shapes == shapes).numpy(),
+        "accuracy": accuracy.numpy(),
+        "distance": distance.numpy(),
+        "sample_shapes": shapes.numpy(),
+        "held_out_shapes": held_out.shapes.numpy(),
+        "history": np.array(history).reshape(-1, 2),
+        "images": ((images.clamp(-1, 1) + 1) * 127.5).round().byte().numpy(),
+    }
+
+
+def cached(path, make):
+    """The arrays of a file, made and written where there is none."""
+    if not path.exists():
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **make())
+        write_whole(path, buffer.getvalue())
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise ValueError(f"{path} is no stage of this recipe; delete it and run again") from error
+
+
+def main(argv=None):
+    (arguments,) = parse_options((DiffusionArguments,), __doc__.split("\n")[0], argv)
+    check_arguments(arguments)
+    output_dir = Path(arguments.output_dir)
+    stages = output_dir / "stages"
+    unet, scheduler = pretrained_model(arguments, stages)
+
+    weights = b"".join(tensor.numpy().tobytes() for tensor in unet.state_dict().values())
+    others = ("config", "output_dir", "pretrained", "channels", "links", "seeds")
+    options = {k: v for k, v in asdict(arguments).items() if k not in others and not k.startswith("pretrain_")}
+    key = digest(weights, dict(scheduler.config), options)
+    links = [None, *arguments.links]
+    runs = {}
+    with tqdm(total=len(arguments.links) * arguments.seeds * arguments.steps, desc="Tuning", mininterval=1) as bar:
+        for seed in range(arguments.seeds):
+            for link in links:
+                path = stages / f"{link or 'before'}-seed{seed}-{key}.npz"
+                bar.set_postfix_str(path.stem.rsplit("-", 1)[0])
+                runs[link or "before", seed] = cached(
+                    path, lambda link=link, seed=seed: run_seed(arguments, unet, scheduler, link, seed, bar)
+                )
+                bar.n = arguments.steps * sum(name != "before" for name, _ in runs)
+                bar.refresh()
+
+    packages = {name: version(name) for name in ("torch", "diffusers", "numpy")}
+    versions = {"mallowspo": mallowspo.__version__, "python": platform.python_version()} | packages
+    print(report.write_report(output_dir, runs, arguments.agreement, asdict(arguments), versions))
+    print(f"written to {output_dir}")
+
+
+if __name__ == "__main__":
+    main()
