@@ -1,5 +1,6 @@
 # make demo         set everything up and fine-tune a real language model on human-written dialogue
 # make bandit       set everything up and compare the losses where the truth is known (outputs/bandit/report.html)
+# make diffusion    set everything up and tune a small diffusion model on pictures whose preference is known
 # make test         set everything up and run the tests
 # make benchmark    set everything up, with the competitors, and measure (into benchmarks/results)
 #                   SELECT="-k bfloat16", say, measures a part of it (into outputs/benchmark)
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
 
-.PHONY: setup demo bandit test benchmark benchmark-step lint format clean
+.PHONY: setup demo bandit diffusion test benchmark benchmark-step lint format clean
 setup: $(VENV)/installed
 
 $(VENV)/python:
@@ -37,6 +38,9 @@ demo: setup
 bandit: setup
 	$(BIN)/python recipes/bandit/run.py
 	$(BIN)/python -m mallowspo.report outputs/bandit
+
+diffusion: setup
+	$(BIN)/python recipes/diffusion/run.py
 
 test: setup
 	$(BIN)/python -m pytest

@@ -127,7 +127,7 @@ def test_a_dispersion_of_one_half_is_the_host(host, dtype):
 @settings(max_examples=100)
 @given(errors=st.tuples(error, error, error, error), a=strategies.dispersions(0.01, 3.0), link=strategies.links)
 def test_swapping_the_pair(errors, a, link):
-    """Swapped, the margin changes its sign: the two mix to the smoothed loss, and to a sure event for probabilities."""
+    """Swapped, the margin changes its sign: the two mix to the smoothed loss; their probabilities add up to 1."""
     chosen, rejected, ref_chosen, ref_rejected, a = (torch.tensor([x], dtype=torch.float64) for x in (*errors, a))
     options = {"link": link, "neg_log_dispersion": dispersion_for(link, a), "beta": 10}
     given = F.diffusion_preference_loss(chosen, rejected, ref_chosen, ref_rejected, **options)

@@ -7,8 +7,6 @@ from tqdm.auto import tqdm
 from mallowspo import functional as F
 from models import package_folder
 
-BLOCK = 2
-
 
 def import_diffusers():
     """The package; ImportError says how to install it."""
@@ -27,14 +25,15 @@ def make_model(channels, seed):
     diffusers = import_diffusers()
     torch.manual_seed(seed)
     unet = diffusers.UNet2DModel(
-        sample_size=pictures.SIZE // BLOCK,
-        in_channels=3 * BLOCK**2,
-        out_channels=3 * BLOCK**2,
+        sample_size=pictures.SIZE,
+        in_channels=3,
+        out_channels=3,
         layers_per_block=1,
         block_out_channels=tuple(channels),
         down_block_types=("DownBlock2D",) * len(channels),
         up_block_types=("UpBlock2D",) * len(channels),
         norm_num_groups=8,
+        add_attention=False,
         num_class_embeds=len(pictures.SHAPES),
     )
     return unet, diffusers.DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2")
@@ -50,18 +49,9 @@ def check_scheduler(scheduler):
         )
 
 
-def predict_noise(unet, noisy, timesteps, shapes):
-    """The noise [B, 3, SIZE, SIZE] in noisy pictures; the UNet sees their blocks of BLOCK x BLOCK pixels as channels.
-
-    That only reorders numbers, so the errors are those of the pixels, at a fraction of the cost.
-    """
-    blocks = torch.nn.functional.pixel_unshuffle(noisy, BLOCK)
-    return torch.nn.functional.pixel_shuffle(unet(blocks, timesteps, shapes).sample, BLOCK)
-
-
 def noise_errors(unet, scheduler, images, shapes, noise, timesteps):
     """Mean squared error [B] of the predicted noise, in float32."""
-    predicted = predict_noise(unet, scheduler.add_noise(images, noise, timesteps), timesteps, shapes)
+    predicted = unet(scheduler.add_noise(images, noise, timesteps), timesteps, shapes).sample
     return (predicted.float() - noise.float()).square().flatten(1).mean(1)
 
 
@@ -74,7 +64,7 @@ def draw_noise(scheduler, images, generator):
 def pretrain(unet, scheduler, steps, batch_size, learning_rate, seed):
     """A model of all pictures, half of them warm: the exponential moving average of the weights over the steps."""
     generator = torch.Generator().manual_seed(seed)
-    average = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
+    average = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     bar = tqdm(range(steps), desc="Pretraining", mininterval=1)
@@ -99,7 +89,7 @@ def sample(unet, scheduler, shapes, noise, steps):
     ddim.set_timesteps(steps)
     images = noise
     for timestep in ddim.timesteps:
-        images = ddim.step(predict_noise(unet, images, timestep, shapes), timestep, images).prev_sample
+        images = ddim.step(unet(images, timestep, shapes).sample, timestep, images).prev_sample
     return images
 
 
@@ -167,7 +157,7 @@ def compare(unet, reference, scheduler, pairs, timesteps, seed):
         noise = torch.randn(pairs.chosen.shape, generator=generator).repeat(2, 1, 1, 1)
         times, shapes = timestep.repeat(len(noise)), pairs.shapes.repeat(2)
         noisy = scheduler.add_noise(torch.cat([pairs.chosen, pairs.rejected]), noise, times)
-        own, ref = (predict_noise(model, noisy, times, shapes) for model in (unet, reference))
+        own, ref = (model(noisy, times, shapes).sample for model in (unet, reference))
         error, ref_error, apart = (x.square().flatten(1).mean(1) for x in (own - noise, ref - noise, own - ref))
         rewards = rewards + (ref_error - error)
         distance = distance + apart / timesteps
@@ -186,7 +176,7 @@ def load_model(folder):
     check_scheduler(scheduler)
     unet = diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet")
     found = (unet.config.sample_size, unet.config.in_channels, unet.config.num_class_embeds)
-    wanted = (pictures.SIZE // BLOCK, 3 * BLOCK**2, len(pictures.SHAPES))
+    wanted = (pictures.SIZE, 3, len(pictures.SHAPES))
     if found != wanted:
         raise ValueError(
             f"{folder} has (sample_size, in_channels, num_class_embeds) {found}; the pictures are {wanted}"

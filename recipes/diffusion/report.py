@@ -49,21 +49,20 @@ def summarise(runs):
     for measure, column, _ in MEASURES:
         found[measure] = {}
         for name in (*pictures.SHAPES, ALL):
-            values = {}
-            for method in methods:
-                of_seeds = (runs[method, seed] for seed in seeds)
-                values[method] = np.array(
-                    [
-                        run[measure][
-                            (run[column] == pictures.SHAPES.index(name)) if name != ALL else slice(None)
-                        ].mean()
-                        for run in of_seeds
-                    ]
-                )
+            values = {
+                method: np.array([_mean(runs[method, seed], measure, column, name) for seed in seeds])
+                for method in methods
+            }
             for method in methods[2:]:
                 values[f"{method} - {methods[1]}"] = values[method] - values[methods[1]]
             found[measure][name] = {method: interval(value) for method, value in values.items()}
     return found
+
+
+def _mean(run, measure, column, name):
+    """The mean of a run's measure over the pictures or pairs of one shape, or over all."""
+    rows = slice(None) if name == ALL else run[column] == pictures.SHAPES.index(name)
+    return run[measure][rows].mean()
 
 
 def write_report(output_dir, runs, agreement, settings, versions):
@@ -75,10 +74,13 @@ def write_report(output_dir, runs, agreement, settings, versions):
     """
     output_dir = Path(output_dir)
     found = summarise(runs)
-    history = {f"{method} seed {seed}": run["history"].tolist() for (method, seed), run in runs.items() if seed == 0}
     results = {
         "measures": found,
-        "training": {name: values for name, values in history.items() if values},
+        "loss_and_accuracy_of_each_step": {
+            f"{method} seed {seed}": run["history"].tolist()
+            for (method, seed), run in runs.items()
+            if len(run["history"])
+        },
         "settings": settings,
         "versions": versions,
     }

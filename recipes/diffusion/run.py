@@ -4,9 +4,10 @@
     python recipes/diffusion/run.py --links bradley-terry mallows-phi --beta 500
     python recipes/diffusion/run.py --pretrained folder/with/unet/and/scheduler
 
-Every option can stand in the YAML file or on the command line, which wins. Writes results.json, results.md, samples.png
-and measures.png into output_dir. Each stage (the pretrained model, each link and seed) is kept in output_dir/stages under
-a hash of what it depends on: an interrupted run goes on where it was, a changed option repeats only what it changes.
+Every option can stand in the YAML file or on the command line, which wins. Writes results.json, results.md,
+samples.png and measures.png into output_dir. Each stage (the pretrained model, each link and seed) is kept in
+output_dir/stages under a hash of what it depends on: an interrupted run goes on with the stage it was in, a changed
+option repeats only what it changes.
 """
 
 import copy
@@ -51,8 +52,8 @@ class DiffusionArguments:
         metadata={"help": "Folder with unet/ and scheduler/ of a model of these pictures; None: make one."},
     )
     channels: list[int] = field(default_factory=lambda: [16, 32, 32], metadata={"help": "Of each resolution."})
-    pretrain_steps: int = field(default=1000, metadata={"help": "Optimiser steps."})
-    pretrain_batch_size: int = field(default=64, metadata={"help": "Pictures a step."})
+    pretrain_steps: int = field(default=1800, metadata={"help": "Optimiser steps."})
+    pretrain_batch_size: int = field(default=32, metadata={"help": "Pictures a step."})
     pretrain_learning_rate: float = field(default=2e-3, metadata={"help": "Largest of the one-cycle schedule."})
     agreement: list[float] = field(
         default_factory=lambda: [0.95, 0.85, 0.65, 0.55],
@@ -90,6 +91,7 @@ def check_arguments(arguments):
         raise ValueError(f"batch_size {arguments.batch_size} is more than train_pairs {arguments.train_pairs}")
     for link in arguments.links:
         F.check_link(link)
+    F.check_objective_numbers(arguments.beta, gamma=0.0, label_smoothing=0.0, smoothing=1.0)
     pictures.check_agreement(arguments.agreement)
 
 
@@ -129,8 +131,8 @@ def pretrained_model(arguments, stages):
 def run_seed(arguments, unet, scheduler, link, seed, bar):
     """Tunes a copy of the UNet under a link (None: leaves it as it is) and measures it; a dict of arrays.
 
-    The pairs, the held-out pairs and the noise of the samples depend on the seed alone, so that the links and the model
-    before tuning can be compared picture by picture.
+    The pairs, the held-out pairs and the noise of the samples depend on the seed alone, so that the links and the
+    model before tuning can be compared picture by picture.
     """
     generator = torch.Generator().manual_seed(1000 + seed)
     train = pictures.draw_pairs(arguments.train_pairs, arguments.agreement, generator)
