@@ -6,11 +6,12 @@
 
 Every option can stand in the YAML file or on the command line, which wins. Writes results.json, results.md,
 samples.png and measures.png into output_dir. Each stage (the pretrained model, each link and seed) is kept in
-output_dir/stages under a hash of what it depends on: an interrupted run goes on with the stage it was in, a changed
-option repeats only what it changes.
+output_dir/stages under a hash of what it depends on: an interrupted run goes on with the stage it was in, and options
+of the tuning do not pretrain again.
 """
 
 import copy
+import functools
 import hashlib
 import io
 import json
@@ -128,7 +129,7 @@ def pretrained_model(arguments, stages):
     return model.load_model(folder)
 
 
-def run_seed(arguments, unet, scheduler, link, seed, bar):
+def run_seed(arguments, unet, scheduler, link, seed):
     """Tunes a copy of the UNet under a link (None: leaves it as it is) and measures it; a dict of arrays.
 
     The pairs, the held-out pairs and the noise of the samples depend on the seed alone, so that the links and the
@@ -158,9 +159,7 @@ def run_seed(arguments, unet, scheduler, link, seed, bar):
             learning_rate=arguments.learning_rate,
             seed=seed,
         )
-        for loss, accuracy in steps:
-            history.append((loss, accuracy))
-            bar.update()
+        history = list(tqdm(steps, total=arguments.steps, desc=f"{link}, seed {seed}", mininterval=1))
     images = model.sample(tuned, scheduler, shapes, noise, arguments.sampling_steps)
     seen = pictures.look(images)
     accuracy, distance = model.compare(tuned, unet, scheduler, held_out, arguments.held_out_timesteps, seed)
@@ -200,18 +199,12 @@ def main(argv=None):
     others = ("config", "output_dir", "pretrained", "channels", "links", "seeds")
     options = {k: v for k, v in asdict(arguments).items() if k not in others and not k.startswith("pretrain_")}
     key = digest(weights, dict(scheduler.config), options)
-    links = [None, *arguments.links]
     runs = {}
-    with tqdm(total=len(arguments.links) * arguments.seeds * arguments.steps, desc="Tuning", mininterval=1) as bar:
-        for seed in range(arguments.seeds):
-            for link in links:
-                path = stages / f"{link or 'before'}-seed{seed}-{key}.npz"
-                bar.set_postfix_str(path.stem.rsplit("-", 1)[0])
-                runs[link or "before", seed] = cached(
-                    path, lambda link=link, seed=seed: run_seed(arguments, unet, scheduler, link, seed, bar)
-                )
-                bar.n = arguments.steps * sum(name != "before" for name, _ in runs)
-                bar.refresh()
+    for seed in range(arguments.seeds):
+        for link in (None, *arguments.links):
+            name = link or "before"
+            make = functools.partial(run_seed, arguments, unet, scheduler, link, seed)
+            runs[name, seed] = cached(stages / f"{name}-seed{seed}-{key}.npz", make)
 
     packages = {name: version(name) for name in ("torch", "diffusers", "numpy")}
     versions = {"mallowspo": mallowspo.__version__, "python": platform.python_version()} | packages

@@ -187,7 +187,7 @@ def test_a_model_of_other_pictures_is_refused(tmp_path):
         norm_num_groups=8,
     ).save_pretrained(tmp_path / "unet")
     DDPMScheduler(1000).save_pretrained(tmp_path / "scheduler")
-    with pytest.raises(ValueError, match=r"\(32, 3, None\); needed are \(16, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"\(32, 3, None\); the pictures are \(16, 3, 4\)"):
         model.load_model(tmp_path)
 
 
