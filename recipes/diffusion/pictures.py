@@ -1,9 +1,9 @@
 """Pictures of shapes whose colour is preferred, the raters who vote on them, and what a picture shows.
 
-A picture is [3, SIZE, SIZE] in [-1, 1]: one shape, warm (red to orange) or cold (blue to cyan), on black. The
-shape is the condition of the model, its colour is what raters judge. In each pair one picture has the colour that most
-prefer for that shape; a rater votes for it with the shape's agreement, which is sigmoid(2a) of the Mallows-theta model
-one rank apart. So the dispersion of every pair is known.
+A picture is [3, SIZE, SIZE] in [-1, 1]: one shape, warm (red to orange) or cold (blue to cyan), on black. The shape is
+the condition of the model, its colour is what raters judge. Most prefer the warm picture of every shape: of some
+almost all do, of others hardly more than half. A rater votes for it with the shape's agreement, which is sigmoid(2a)
+of the Mallows-theta model one rank apart. So the dispersion of every pair is known.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,6 @@ import torch
 
 SIZE = 16
 SHAPES = ("disc", "square", "triangle", "cross")
-PREFERS_WARM = (True, False, True, False)  # what most raters prefer, by shape
 CENTRES = (7.0, 8.0)
 RADII = (4.0, 5.0)
 
@@ -56,11 +55,6 @@ def draw(shapes, warm, generator):
     return 2 * masks * colours[:, :, None, None] - 1
 
 
-def prefers_warm(shapes):
-    """Whether most raters prefer the warm picture, [B] bool."""
-    return torch.tensor(PREFERS_WARM)[shapes]
-
-
 def check_agreement(agreement):
     """ValueError for what is not one number in (0.5, 1] a shape."""
     if len(agreement) != len(SHAPES) or not all(0.5 < share <= 1 for share in agreement):
@@ -79,8 +73,7 @@ def draw_pairs(count, agreement, generator, *, consensus=False):
     """
     shapes = torch.arange(count) % len(SHAPES)
     shares = torch.tensor(agreement, dtype=torch.float64)[shapes]
-    with_majority = torch.rand(count, generator=generator, dtype=torch.float64) < shares
-    warm_wins = prefers_warm(shapes) == (with_majority | consensus)
+    warm_wins = (torch.rand(count, generator=generator, dtype=torch.float64) < shares) | consensus
     return Pairs(draw(shapes, warm_wins, generator), draw(shapes, ~warm_wins, generator), shapes, shares)
 
 

@@ -16,7 +16,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 # Name in a run, name of its column of shapes, title.
 MEASURES = (
-    ("preferred", "sample_shapes", "Share of samples in the colour that most raters prefer"),
+    ("preferred", "sample_shapes", "Share of samples in the warm colours that most raters prefer"),
     ("right_shape", "sample_shapes", "Share of samples in which the nearest outline is the shape asked for"),
     ("accuracy", "held_out_shapes", "Held-out preference accuracy (reward of the majority's picture is the larger)"),
     ("distance", "held_out_shapes", "Distance from the reference (mean squared difference of the predicted noise)"),
@@ -111,8 +111,7 @@ def tables(found, agreement, seeds):
 def _label(name, agreement):
     if name == ALL:
         return ALL
-    index = pictures.SHAPES.index(name)
-    return f"{name}, {'warm' if pictures.PREFERS_WARM[index] else 'cold'} ({agreement[index]:.2f})"
+    return f"{name} ({agreement[pictures.SHAPES.index(name)]:.2f})"
 
 
 def _cell(value, plus):
@@ -170,7 +169,7 @@ def plot_measures(found, agreement):
             bars = None if halves[0] is None else halves
             axes.errorbar(places, means, bars, fmt="o", color=COLOURS[i % len(COLOURS)], capsize=3, label=method)
         axes.set_title(title.replace(" (", "\n("), fontsize=9)
-        axes.set_xticks(range(len(names)), [_label(name, agreement).replace(", ", "\n") for name in names], fontsize=8)
+        axes.set_xticks(range(len(names)), [_label(name, agreement) for name in names], fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.4)
     figure.axes[0].legend(frameon=False, fontsize=8)

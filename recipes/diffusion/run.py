@@ -164,7 +164,7 @@ def run_seed(arguments, unet, scheduler, link, seed):
     seen = pictures.look(images)
     accuracy, distance = model.compare(tuned, unet, scheduler, held_out, arguments.held_out_timesteps, seed)
     return {
-        "preferred": ((seen.warmth > 0) == pictures.prefers_warm(shapes)).numpy(),
+        "preferred": (seen.warmth > 0).numpy(),
         "right_shape": (seen.shapes == shapes).numpy(),
         "accuracy": accuracy.numpy(),
         "distance": distance.numpy(),
