@@ -66,13 +66,13 @@ class DiffusionArguments:
     )
     seeds: int = field(default=5, metadata={"help": "Runs of each link: own pairs, votes, noise and samples."})
     beta: float = field(default=1000.0, metadata={"help": "K of the loss is half of it."})
-    steps: int = field(default=100, metadata={"help": "Optimiser steps of a run."})
-    batch_size: int = field(default=32, metadata={"help": "Pairs a step."})
-    learning_rate: float = field(default=3e-4, metadata={"help": "Of a run, after ten steps of warm-up."})
-    samples: int = field(default=128, metadata={"help": "Pictures sampled before and after each run."})
+    steps: int = field(default=60, metadata={"help": "Optimiser steps of a run."})
+    batch_size: int = field(default=16, metadata={"help": "Pairs a step."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "Of a run, after ten steps of warm-up."})
+    samples: int = field(default=64, metadata={"help": "Pictures sampled before and after each run."})
     sampling_steps: int = field(default=16, metadata={"help": "DDIM steps of a sample."})
-    held_out_pairs: int = field(default=64, metadata={"help": "Pairs of the majority's order, drawn by each seed."})
-    held_out_timesteps: int = field(default=6, metadata={"help": "Timesteps at which a held-out pair is scored."})
+    held_out_pairs: int = field(default=48, metadata={"help": "Pairs of the majority's order, drawn by each seed."})
+    held_out_timesteps: int = field(default=4, metadata={"help": "Timesteps at which a held-out pair is scored."})
 
 
 def check_arguments(arguments):
