@@ -339,3 +339,19 @@ def test_the_yaml_file_says_the_defaults(tmp_path):
     defaults = run.DiffusionArguments()
     assert options == {name: getattr(defaults, name) for name in options}
     assert set(options) == {name for name in vars(defaults)} - {"config", "pretrained"}
+
+
+def test_the_training_loop_of_the_readme_runs():
+    """The same loss as the recipe's own step takes, on a UNet whose prediction halves its input."""
+    readme = (RECIPES / "diffusion" / "README.md").read_text()
+    latents, noise = torch.randn(2, 4, 3, 8, 8, generator=seeded())
+    scheduler, timesteps = DDPMScheduler(1000), torch.tensor([10, 200, 500, 900])
+    half, zero = (lambda x, *_, s=s: SimpleNamespace(sample=s * x) for s in (0.5, 0.0))
+    namespace = {"torch": torch, "F": F, "latents": latents, "noise": noise, "timesteps": timesteps}
+    namespace |= {"noise_scheduler": scheduler, "unet": half, "ref_unet": zero, "encoder_hidden_states": None}
+    exec(readme.split("```python\n")[1].split("```")[0], namespace)
+    shared = noise[:2].repeat(2, 1, 1, 1), timesteps[:2].repeat(2)
+    own, ref = (model.noise_errors(unet, scheduler, latents, None, *shared).chunk(2) for unet in (half, zero))
+    expected = F.diffusion_preference_loss(*own, *ref, link="bradley-terry", beta=5000).losses.mean()
+    torch.testing.assert_close(namespace["loss"], expected)
+    assert expected > 1e-3
