@@ -95,7 +95,7 @@ def write_report(output_dir, runs, agreement, settings, versions):
 def tables(found, agreement, seeds):
     """The measures as Markdown, one table each, a row a shape."""
     lines = ["# Diffusion-DPO on pictures of shapes", ""]
-    about = "means and 95% intervals over the seeds (Student's t)" if seeds > 2 else "means"
+    about = "means and 95% intervals over the seeds (Student's t, which may pass 0 and 1)" if seeds > 2 else "means"
     lines.append(f"{seeds} seed{'s' * (seeds > 1)}, {about}; a difference is taken seed by seed.")
     for measure, _, title in MEASURES:
         rows = found[measure]
@@ -169,8 +169,10 @@ def plot_measures(found, agreement):
             bars = None if halves[0] is None else halves
             axes.errorbar(places, means, bars, fmt="o", color=COLOURS[i % len(COLOURS)], capsize=3, label=method)
         axes.set_title(title.replace(" (", "\n("), fontsize=9)
+        if measure != "distance":  # the others are shares, which the intervals do not know
+            axes.set_ylim(-0.02, 1.02)
         axes.set_xticks(range(len(names)), [_label(name, agreement) for name in names], fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.4)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
     return figure
