@@ -1,6 +1,6 @@
 # make demo         set everything up and fine-tune a real language model on human-written dialogue
 # make bandit       set everything up and compare the losses where the truth is known (outputs/bandit/report.html)
-# make diffusion    set everything up and tune a small diffusion model on pictures whose preference is known
+# make diffusion    set everything up and tune a small diffusion model on known preferences (outputs/diffusion/report.html)
 # make test         set everything up and run the tests
 # make benchmark    set everything up, with the competitors, and measure (into benchmarks/results)
 #                   SELECT="-k bfloat16", say, measures a part of it (into outputs/benchmark)
@@ -41,6 +41,7 @@ bandit: setup
 
 diffusion: setup
 	$(BIN)/python recipes/diffusion/run.py
+	$(BIN)/python -m mallowspo.report outputs/diffusion
 
 test: setup
 	$(BIN)/python -m pytest

@@ -22,6 +22,7 @@ MEASURES = (
     ("distance", "held_out_shapes", "Distance from the reference (mean squared difference of the predicted noise)"),
 )
 ALL = "all"
+SAMPLES_CAPTION = "Samples of the first seed; the same place is the same noise before and after."
 
 
 def interval(values):
@@ -105,7 +106,8 @@ def tables(found, agreement, seeds):
         for name in rows:
             cells = [_cell(value, plus=" - " in method) for method, value in rows[name].items()]
             lines.append(f"| {_label(name, agreement)} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+    lines += ["", f"![{SAMPLES_CAPTION}](samples.png)", "", "![The tables as a plot.](measures.png)", ""]
+    return "\n".join(lines)
 
 
 def _label(name, agreement):
