@@ -69,7 +69,6 @@ def draw_pairs(count, agreement, generator, *, consensus=False):
     Args:
         count: number of pairs. agreement: one number in (0.5, 1] a shape, the chance of voting with the majority.
         consensus: let every vote be the majority's, to measure against.
-
     """
     shapes = torch.arange(count) % len(SHAPES)
     shares = torch.tensor(agreement, dtype=torch.float64)[shapes]
