@@ -25,10 +25,12 @@ except ModuleNotFoundError as error:
 __version__ = _C.build["version"]
 
 _EXPORTS = {
+    "AcceleratedTrainer": "accelerated",
     "GenerationSamples": "callbacks",
     "MallowsConfig": "config",
     "MallowsTrainer": "trainer",
     "PreferenceObjective": "objective",
+    "accelerated_rounds": "accelerated",
     "preset": "objective",
     "presets": "objective",
 }

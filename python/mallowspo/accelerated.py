@@ -1,0 +1,160 @@
+"""Accelerated preference optimisation (arXiv 2410.06293): rounds of preference optimisation with momentum.
+
+Round t trains pi_hat_{t+1} against the policy pi_t that the pairs were sampled from. Before the next round pi_hat is
+extrapolated, as in Nesterov's method: pi_{t+1} is proportional to pi_hat_{t+1} (pi_hat_{t+1} / pi_hat_t)^alpha.
+
+- As a reference this is exact: log pi_t(y) = (1 + alpha) log pi_hat_t(y) - alpha log pi_hat_{t-1}(y) + const(x), and
+  the constant of a prompt cancels in every loss of pairs.
+- For sampling no model has exactly those probabilities; the parameters are extrapolated instead,
+  theta + alpha (theta - theta_before). The two agree where log-probabilities are linear in the parameters.
+
+The paper's full text was not read: the order of the steps is from memory, the log form is derived, and neither which of
+the two its experiments use nor its alpha is known. alpha = 0 is iterative DPO, exactly.
+"""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mallowspo.data import REFERENCE_COLUMNS
+from mallowspo.modeling import attach_token_stats, disable_dropout, load_model, unprepared
+from mallowspo.trainer import MallowsTrainer
+
+
+def extrapolated(current, previous, alpha):
+    """``(1 + alpha) current - alpha previous``, exactly ``current`` where alpha is 0 or the two are equal.
+
+    Args:
+        current, previous: tensors or arrays of one shape: log-probabilities, or parameters.
+        alpha: in [0, 1).
+
+    Raises:
+        ValueError: alpha outside [0, 1).
+    """
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha must be in [0, 1), got {alpha}; 0 is iterative preference optimisation")
+    return current + alpha * (current - previous)
+
+
+@torch.no_grad()
+def extrapolate_parameters_(model, previous_model, alpha):
+    """Moves the floating-point parameters of a model, in place, on from those of an earlier copy of it."""
+    for parameter, before in zip(model.parameters(), previous_model.parameters(), strict=True):
+        if parameter.is_floating_point():
+            parameter.copy_(extrapolated(parameter, before.to(parameter.device), alpha))
+
+
+class AcceleratedTrainer(MallowsTrainer):
+    """One round: a MallowsTrainer whose reference log-probabilities are extrapolated over two models.
+
+    Both are asked once, before training, each with its own file in the cache. The dispersion, where one comes from
+    entropies, is that of ``ref_model``: the extrapolated policy has no token distributions.
+
+    Args:
+        model: what is trained, as in MallowsTrainer.
+        ref_model: pi_hat_t, the result of the round before, or the start.
+        previous_model: pi_hat_{t-1}, the result of the round before that; None in the first round, where ref_model
+            alone is the reference.
+        alpha: in [0, 1).
+        args: MallowsConfig with precompute_ref_log_probs=True.
+        **kwargs: as in MallowsTrainer.
+
+    Raises:
+        ValueError: alpha outside [0, 1), an objective without a reference, a reference that is not precomputed, and
+            what MallowsTrainer raises.
+    """
+
+    def __init__(self, model, ref_model, previous_model=None, *, alpha, args, **kwargs):
+        extrapolated(0.0, 0.0, alpha)
+        if args.objective().reference_free:
+            raise ValueError(f"loss_type {args.loss_type!r} has no reference, which is what acceleration extrapolates")
+        if not args.precompute_ref_log_probs:
+            raise ValueError("the reference is extrapolated before training: set precompute_ref_log_probs=True")
+        self.alpha, self.previous_model = alpha, None
+        if previous_model is not None:
+            self.previous_model = load_model(previous_model, args.model_init_kwargs).requires_grad_(False)
+            attach_token_stats(self.previous_model)
+            if args.disable_dropout:
+                disable_dropout(self.previous_model)
+        super().__init__(model, ref_model, args, **kwargs)
+
+    def _shares_prompts(self, args, *models):
+        return super()._shares_prompts(args, *models, self.previous_model)
+
+    def _with_reference(self, dataset, name):
+        current = super()._with_reference(dataset, name)
+        if self.previous_model is None:
+            return current
+        self._move_model_to_device(self.previous_model, self.args.device)
+        ref_model, self.ref_model = self.ref_model, self.previous_model
+        try:
+            previous = super()._with_reference(dataset, f"{name}, previous")
+        finally:
+            self.ref_model = ref_model
+        for column in REFERENCE_COLUMNS[:2]:
+            halves = (np.asarray(columns[column][:], dtype=np.float64) for columns in (current, previous))
+            values = extrapolated(*halves, self.alpha).astype(np.float32)
+            current = current.remove_columns(column).add_column(column, values)
+        return current
+
+    def _reference_of(self, batch):
+        if self.previous_model is not None and REFERENCE_COLUMNS[0] not in batch:
+            raise ValueError(
+                "the reference is extrapolated for the data of the constructor alone: pass this data there"
+            )
+        return super()._reference_of(batch)
+
+
+def accelerated_rounds(model, pairs, args, *, rounds, alpha, eval_dataset=None, processing_class=None, callbacks=None):
+    """Trains round by round; a generator of the rounds' trainers, so that a caller can evaluate, save or stop.
+
+        for trainer in accelerated_rounds("path/or/name", sample_and_label, args, rounds=3, alpha=0.3):
+            print(trainer.evaluate())
+
+    When a trainer is handed out its model holds pi_hat of that round, and stays so if it is the last one; before the
+    next round it is extrapolated in place. Every round has a new optimiser and learning rate schedule. Memory: two
+    frozen copies of the model, from the second round on.
+
+    Args:
+        model: as in MallowsTrainer. An adapter's two factors are extrapolated each for itself, so their product is
+            only to first order.
+        pairs: ``pairs(model, number)`` -> the data set of round 0, 1, ...; the model holds the extrapolated parameters
+            of pi_t, to sample from. A function that returns the same data each time makes the rounds offline.
+        args: MallowsConfig, of each round; its output_dir gets a folder a round, ``round-1``, ...
+        rounds: at least 1.
+        alpha: in [0, 1).
+        eval_dataset, processing_class, callbacks: as in MallowsTrainer.
+
+    Raises:
+        ValueError: what AcceleratedTrainer raises, rounds < 1, weights that are split over the ranks.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    model = load_model(model, args.model_init_kwargs)
+    previous, current = None, copy.deepcopy(model)
+    for number in range(rounds):
+        own = copy.copy(args)
+        own.output_dir = str(Path(args.output_dir) / f"round-{number + 1}")
+        own.precompute_ref_log_probs = True
+        own.reference_cache_dir = args.reference_cache_dir or str(Path(args.output_dir) / "reference_cache")
+        trainer = AcceleratedTrainer(
+            model,
+            current,
+            previous,
+            alpha=alpha,
+            args=own,
+            train_dataset=pairs(model, number),
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError("rounds copy the whole model, which FSDP and DeepSpeed split: launch with DDP")
+        trainer.train()
+        yield trainer
+        if number + 1 < rounds:
+            model = unprepared(trainer.model)
+            previous, current = current, copy.deepcopy(model)
+            extrapolate_parameters_(model, previous, alpha)

@@ -1,0 +1,187 @@
+"""Accelerated rounds: the extrapolated reference against plain formulas; alpha 0 is iterative DPO, bit for bit."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import cache_files, lora, plain_stats, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
+
+from mallowspo import AcceleratedTrainer, MallowsConfig, MallowsTrainer, accelerated_rounds
+from mallowspo import functional as F
+from mallowspo.accelerated import extrapolate_parameters_, extrapolated
+from mallowspo.modeling import add_adapter
+
+alphas = st.floats(0, 0.99)
+tables = st.lists(st.floats(-20, 0), min_size=6, max_size=6)
+
+
+def config(folder, **options):
+    """MallowsConfig of tiny_trainer's settings."""
+    return tiny_trainer(folder, **{"loss_type": "dpo", "precompute_ref_log_probs": True} | options).args
+
+
+# ---- the formula -----------------------------------------------------------------------------------------------------
+
+
+def test_worked_example():
+    """Three tokens a response. pi_hat_t gives the chosen one -1 -2 -1 = -4 and pi_hat_{t-1} -2 -2 -2 = -6: with alpha
+    1/2 the reference is 1.5 * -4 + 0.5 * 6 = -3. The rejected one: -2 and -1 give -2.5. A policy at -1 and -4.5 has the
+    margin (-1 + 3) - (-4.5 + 2.5) = 4, times beta 1/4 is 1."""
+    current = torch.tensor([[-1.0, -2.0, -1.0], [-1.0, -0.5, -0.5]]).sum(1)
+    previous = torch.tensor([[-2.0, -2.0, -2.0], [-0.5, -0.25, -0.25]]).sum(1)
+    ref = extrapolated(current, previous, 0.5)
+    assert ref.tolist() == [-3.0, -2.5]
+    policy = torch.tensor([-1.0, -4.5])
+    loss = F.preference_loss(*policy[:, None], *ref[:, None], link="bradley-terry", beta=0.25).losses
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-1)), rel=1e-6)
+
+
+def test_worked_example_of_the_rounds():
+    """Each round adds 1 to the log-odds of the best answer over its reference. With alpha 1/2: pi_hat 1, extrapolated
+    1.5; 2.5, extrapolated 3.25; 4.25. The steps of pi_hat, 1, 1.5, 1.75, tend to 1 / (1 - alpha) = 2."""
+    previous, current, found = 0.0, 0.0, []
+    for _ in range(3):
+        previous, current = current, extrapolated(current, previous, 0.5) + 1
+        found.append(current)
+    assert found == [1.0, 2.5, 4.25]
+
+
+@given(tables, tables, alphas)
+def test_it_is_the_formula_and_its_corners_are_exact(current, previous, alpha):
+    current, previous = torch.tensor(current), torch.tensor(previous)
+    expected = [(1 + alpha) * c - alpha * p for c, p in zip(current.tolist(), previous.tolist(), strict=True)]
+    assert extrapolated(current, previous, alpha).tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert torch.equal(extrapolated(current, previous, 0), current)
+    assert torch.equal(extrapolated(current, current, alpha), current)
+
+
+@given(tables, tables, tables, alphas)
+def test_the_normaliser_cancels_in_values_and_gradients(policy, current, previous, alpha):
+    """As a reference it is the normalised extrapolated policy, computed here from probabilities in NumPy."""
+    current, previous = (np.array(t) - np.log(np.exp(t).sum()) for t in (current, previous))
+    weights = np.exp(current) * (np.exp(current) / np.exp(previous)) ** alpha
+    exact = torch.tensor(np.log(weights / weights.sum()))
+    ref = extrapolated(torch.tensor(current), torch.tensor(previous), alpha)
+    results = []
+    for table in (ref, exact):
+        logps = torch.tensor(policy, dtype=torch.float64, requires_grad=True)
+        sides = (values[half] for values in (logps, table) for half in (slice(0, 3), slice(3, 6)))
+        loss = F.preference_loss(*sides, link="bradley-terry", beta=0.5).losses
+        results.append((loss.detach(), torch.autograd.grad(loss.sum(), logps)[0]))
+    torch.testing.assert_close(*results, rtol=1e-7, atol=1e-9)
+
+
+@given(tables, tables, alphas)
+def test_a_table_of_logits_is_extrapolated_exactly_by_its_parameters(current, previous, alpha):
+    models = [torch.nn.ParameterList([torch.tensor(logits, dtype=torch.float64)]) for logits in (current, previous)]
+    logps = [model[0].detach().log_softmax(-1) for model in models]
+    expected = extrapolated(*logps, alpha).log_softmax(-1)
+    extrapolate_parameters_(*models, alpha)
+    torch.testing.assert_close(models[0][0].detach().log_softmax(-1), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.0, math.nan])
+def test_alpha_out_of_range(alpha):
+    with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\)"):
+        extrapolated(torch.zeros(1), torch.zeros(1), alpha)
+
+
+# ---- a round ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_has_the_extrapolated_reference(tmp_path):
+    """The first loss, from the whole logits of three models."""
+    pairs, models = tiny_pairs(2), [tiny_model(seed=seed) for seed in range(3)]
+    args = config(tmp_path, beta=0.2, learning_rate=0.0, max_steps=1)
+    trainer = AcceleratedTrainer(
+        *(copy.deepcopy(model) for model in models),
+        alpha=0.4,
+        args=args,
+        train_dataset=pairs,
+        processing_class=tiny_tokenizer(),
+    )
+    rows = list(trainer._prepared(pairs))
+    policy, current, previous = (plain_stats(model, rows)[0].detach() for model in models)
+    chosen, rejected = (policy - (1.4 * current - 0.4 * previous)).chunk(2)
+    trainer.train()
+    (log,) = train_logs(trainer)
+    expected = -torch.nn.functional.logsigmoid(0.2 * (chosen - rejected)).mean()
+    assert log["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    scores = trainer.score(pairs)
+    np.testing.assert_allclose(scores["ref_chosen_entropy"], plain_stats(models[1], rows)[1][:2].detach(), rtol=1e-4)
+    with pytest.raises(ValueError, match="for the data of the constructor alone"):
+        trainer.score(tiny_pairs(2, seed=5))
+
+
+def by_hand(model, data, args, rounds):
+    """Iterative DPO: every round against a frozen copy of what the round before gave."""
+    weights = []
+    for number in range(rounds):
+        trainer = MallowsTrainer(model, copy.deepcopy(model), args, data(number), processing_class=tiny_tokenizer())
+        trainer.train()
+        weights.append(copy.deepcopy(trainer.model.state_dict()))
+    return weights
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_alpha_0_is_iterative_dpo(tmp_path, peft):
+    def fresh():
+        torch.manual_seed(0)
+        return add_adapter(tiny_model(), lora()) if peft else tiny_model()
+
+    def data(number):
+        return tiny_pairs(6, seed=number)
+
+    args = config(tmp_path / "a")
+    rounds = accelerated_rounds(
+        fresh(), lambda model, number: data(number), args, rounds=3, alpha=0, processing_class=tiny_tokenizer()
+    )
+    found = [copy.deepcopy(trainer.model.state_dict()) for trainer in rounds]
+    for ours, theirs in zip(found, by_hand(fresh(), data, config(tmp_path / "b"), 3), strict=True):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any(not torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_rounds_start_from_extrapolated_parameters(tmp_path):
+    """Offline: each model's log-probabilities are computed once, though two rounds read them."""
+    seen, pairs = [], tiny_pairs(6)
+
+    def sample(model, number):
+        seen.append(copy.deepcopy(model.state_dict()))
+        return pairs
+
+    args, after = config(tmp_path), []
+    for trainer in accelerated_rounds(
+        tiny_model(), sample, args, rounds=3, alpha=0.5, processing_class=tiny_tokenizer()
+    ):
+        after.append(copy.deepcopy(trainer.model.state_dict()))
+        assert trainer.args.output_dir == str(tmp_path / f"round-{len(after)}")
+    for name, weight in seen[0].items():
+        assert torch.equal(weight, tiny_model().state_dict()[name])
+        torch.testing.assert_close(seen[1][name], 1.5 * after[0][name] - 0.5 * weight)
+        torch.testing.assert_close(seen[2][name], 1.5 * after[1][name] - 0.5 * after[0][name])
+    assert len(cache_files(tmp_path)) == 3 and not args.output_dir.endswith("round-3")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"loss_type": "simpo", "precompute_ref_log_probs": False}, "has no reference"),
+        ({"precompute_ref_log_probs": False}, "set precompute_ref_log_probs=True"),
+    ],
+)
+def test_what_cannot_be_accelerated(tmp_path, options, message):
+    args = MallowsConfig(
+        str(tmp_path), **{"loss_type": "dpo", "precompute_ref_log_probs": True, "use_cpu": True} | options
+    )
+    with pytest.raises(ValueError, match=message):
+        AcceleratedTrainer(tiny_model(), tiny_model(), alpha=0.3, args=args, train_dataset=tiny_pairs(2))
+
+
+def test_no_rounds(tmp_path):
+    with pytest.raises(ValueError, match="rounds must be at least 1"):
+        next(accelerated_rounds(tiny_model(), None, config(tmp_path), rounds=0, alpha=0.3))
