@@ -24,12 +24,12 @@ def config(folder, **options):
     return tiny_trainer(folder, **{"loss_type": "dpo", "precompute_ref_log_probs": True} | options).args
 
 
-# ---- the formula -----------------------------------------------------------------------------------------------------
+# ---- the formula ----------------------------------------------------------------------------------------------------
 
 
 def test_worked_example():
-    """Three tokens a response. pi_hat_t gives the chosen one -1 -2 -1 = -4 and pi_hat_{t-1} -2 -2 -2 = -6: with alpha
-    1/2 the reference is 1.5 * -4 + 0.5 * 6 = -3. The rejected one: -2 and -1 give -2.5. A policy at -1 and -4.5 has the
+    """Three tokens a response, alpha 1/2. pi_hat_t gives the chosen one -1 -2 -1 = -4 and pi_hat_{t-1} -2 -2 -2 = -6:
+    the reference is 1.5 * -4 + 0.5 * 6 = -3. The rejected one: -2 and -1 give -2.5. A policy at -1 and -4.5 has the
     margin (-1 + 3) - (-4.5 + 2.5) = 4, times beta 1/4 is 1."""
     current = torch.tensor([[-1.0, -2.0, -1.0], [-1.0, -0.5, -0.5]]).sum(1)
     previous = torch.tensor([[-2.0, -2.0, -2.0], [-0.5, -0.25, -0.25]]).sum(1)
@@ -90,7 +90,7 @@ def test_alpha_out_of_range(alpha):
         extrapolated(torch.zeros(1), torch.zeros(1), alpha)
 
 
-# ---- a round ---------------------------------------------------------------------------------------------------------
+# ---- a round --------------------------------------------------------------------------------------------------------
 
 
 def test_the_loss_has_the_extrapolated_reference(tmp_path):
@@ -113,7 +113,7 @@ def test_the_loss_has_the_extrapolated_reference(tmp_path):
     assert log["loss"] == pytest.approx(expected.item(), rel=1e-4)
     scores = trainer.score(pairs)
     np.testing.assert_allclose(scores["ref_chosen_entropy"], plain_stats(models[1], rows)[1][:2].detach(), rtol=1e-4)
-    with pytest.raises(ValueError, match="for the data of the constructor alone"):
+    with pytest.raises(ValueError, match="only for the constructor"):
         trainer.score(tiny_pairs(2, seed=5))
 
 

@@ -8,8 +8,8 @@ extrapolated, as in Nesterov's method: pi_{t+1} is proportional to pi_hat_{t+1} 
 - For sampling no model has exactly those probabilities; the parameters are extrapolated instead,
   theta + alpha (theta - theta_before). The two agree where log-probabilities are linear in the parameters.
 
-The paper's full text was not read: the order of the steps is from memory, the log form is derived, and neither which of
-the two its experiments use nor its alpha is known. alpha = 0 is iterative DPO, exactly.
+The paper's full text was not read: the order of the steps is from memory, the log form is derived, and neither its
+alpha is known nor which of the two its experiments use. alpha = 0 is iterative DPO, exactly.
 """
 
 import copy
