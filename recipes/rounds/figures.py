@@ -1,0 +1,86 @@
+"""Tables and plots of the studies: means over seeds with 95% intervals."""
+
+import io
+
+import numpy as np
+from matplotlib.figure import Figure
+from report import mean_and_half
+
+TITLES = {
+    "accelerated": "Accelerated preference optimisation",
+    "advantages": "Learning from advantages",
+    "discriminator": "Discriminator-guided DPO",
+}
+CAPTIONS = {
+    "accelerated": "{comparisons} comparisons a context and round. Beside each alpha stands plain iterative DPO with "
+    "beta (1 - alpha), whose steps are as large as momentum's become.",
+    "advantages": "{rewards} rewards a context and round; the number is the temperature. APA and the policy gradient "
+    "are held to the reference by it, AWR is not.",
+    "discriminator": "{candidates} pairs a context and round. People see {gold} a round, of all contexts together; in "
+    "the last row they see all. The others are dropped, or labelled by the discriminator (silver).",
+}
+
+
+def summarise(history, methods):
+    """{method: {metric: {"mean": [rounds + 1], "half": the same}}} of {metric: [rounds + 1, M, S]}.
+
+    The metric "reward_minus_first" is the difference to the first method, seed by seed.
+    """
+    values = {name: np.moveaxis(value.double().numpy(), -1, 0) for name, value in history.items()}  # [S, rounds+1, M]
+    values["reward_minus_first"] = values["reward"] - values["reward"][..., :1]
+    return {
+        method: {name: mean_and_half(value[..., i]) for name, value in values.items()}
+        for i, method in enumerate(methods)
+    }
+
+
+def tables(results, options):
+    """Markdown: each study after a quarter of the rounds and at the end."""
+    last = options.rounds
+    early = max(1, last // 4)
+    parts = [f"Means over {options.num_seeds} seeds and {len(options.dispersions)} contexts, ± half a 95% interval."]
+    for name, study in results.items():
+        first = next(iter(study))
+        caption = CAPTIONS[name].format(**vars(options))
+        parts.append(f"\n## {TITLES[name]}\n\n{caption}\n")
+        head = (f"reward, round {early}", f"reward, round {last}", f"minus {first}", "KL (nats)", "best action")
+        parts.append("| method | " + " | ".join(head) + " |\n|---|" + "---|" * len(head))
+        for method, values in study.items():
+            cells = [_cell(values["reward"], early), _cell(values["reward"], last)]
+            cells.append("" if method == first else _cell(values["reward_minus_first"], last, sign="+"))
+            cells += [_cell(values["kl"], last), _cell(values["optimal"], last)]
+            parts.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(parts) + "\n"
+
+
+def _cell(values, at, sign=""):
+    return f"{values['mean'][at]:{sign}.3f} ± {values['half'][at]:.3f}"
+
+
+def plot(name, study, frontier):
+    """PNG: reward over the rounds, and reward against KL with the best that any policy can do."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    rounds, spent = figure.subplots(1, 2)
+    groups = list(dict.fromkeys(method.split()[0].rstrip(",") for method in study))
+    colors = {"iterative": "#222222", "gold": "#222222", "all": "#2a7f3f", "APA": "#0b62a4", "alpha": "#0b62a4"}
+    colors |= {"beta": "#d1570d", "AWR": "#d1570d", "policy": "#7b7b7b", "and": "#0b62a4"}
+    seen = dict.fromkeys(groups, 0)
+    for method, values in study.items():
+        group = method.split()[0].rstrip(",")
+        style = {"color": colors[group], "linestyle": ("-", "--", "-.", ":")[seen[group] % 4]}
+        seen[group] += 1
+        mean, half = (np.array(values["reward"][part]) for part in ("mean", "half"))
+        rounds.plot(mean, label=method, **style)
+        rounds.fill_between(range(len(mean)), mean - half, mean + half, color=style["color"], alpha=0.12, linewidth=0)
+        spent.plot(values["kl"]["mean"], mean, marker=".", markersize=4, **style)
+    spent.plot(frontier["kl"], frontier["reward"], color="#999999", linewidth=3, zorder=0, label="best for its KL")
+    rounds.set(xlabel="round", ylabel="expected reward", title="Over the rounds, with 95% intervals")
+    spent.set(xlabel="KL to the reference (nats)", ylabel="expected reward", title="What it costs, a point a round")
+    for axes in (rounds, spent):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.suptitle(TITLES[name])
+    figure.legend(loc="outside right center", frameon=False, fontsize="small")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
