@@ -27,6 +27,7 @@ __version__ = _C.build["version"]
 _EXPORTS = {
     "AcceleratedTrainer": "accelerated",
     "GenerationSamples": "callbacks",
+    "HybridTrainer": "hybrid",
     "MallowsConfig": "config",
     "MallowsTrainer": "trainer",
     "PreferenceObjective": "objective",

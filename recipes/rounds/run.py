@@ -69,8 +69,8 @@ def run_studies(options, problem, seeds):
     labels = {
         "gold, random": ("random", False),
         "gold, uncertain": ("uncertain", False),
-        "and silver, random": ("random", True),
-        "and silver, uncertain": ("uncertain", True),
+        "silver, random": ("random", True),
+        "silver, uncertain": ("uncertain", True),
         "all gold": ("all", False),
     }
     found = {

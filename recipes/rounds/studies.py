@@ -170,10 +170,15 @@ def advantages(problem, methods, seeds, *, rounds, samples, steps, learning_rate
     return history.read()
 
 
-def least_certain(gaps, number):
-    """[..., N] -> bool: the ``number`` smallest absolute differences of two scores."""
-    chosen = gaps.abs().topk(number, largest=False).indices
-    return torch.zeros(gaps.shape, dtype=torch.bool).scatter_(-1, chosen, True)
+def smallest(values, number):
+    """[S, N] -> bool: which are the ``number`` smallest of their row."""
+    chosen = values.topk(number, largest=False).indices
+    return torch.zeros(values.shape, dtype=torch.bool).scatter_(-1, chosen, True)
+
+
+def differences(scores, pairs):
+    """[M, S, C, n]: a score [M, S, C, K] of the first action minus that of the second."""
+    return (scores.gather(-1, pairs.first) - scores.gather(-1, pairs.second)).detach()
 
 
 def discriminator(problem, methods, seeds, *, rounds, samples, steps, learning_rate, beta, gold):
@@ -182,30 +187,30 @@ def discriminator(problem, methods, seeds, *, rounds, samples, steps, learning_r
     Each round samples pairs; ``gold`` of them, over all contexts of a seed, are shown to people: those the
     discriminator is least certain of (query "uncertain"), any ("random") or, whatever ``gold`` is, all ("all"). The
     discriminator, a table of Bradley-Terry scores, learns from every gold pair so far. The policy takes DPO steps on
-    the round's gold pairs and, with silver, on the others as the discriminator orders them.
+    the round's gold pairs and, with silver, on the others as the discriminator then orders them.
     """
     draws, history = Draws(seeds), History(problem)
     ref = problem.ref_logps.expand(len(methods), -1, -1, -1)
     logits, scores = ref.clone().requires_grad_(), torch.zeros_like(ref, requires_grad=True)
     known = torch.zeros(*ref.shape, ref.shape[-1])
-    ones = column([1.0] * len(methods))
+    ones, silver = column([1.0] * len(methods)), column([float(silver) for _, silver in methods.values()])
     history.add(logits)
     for _ in range(rounds):
         pairs = sample_pairs(problem, logits.detach(), samples, draws)
-        gaps = (scores.gather(-1, pairs.first) - scores.gather(-1, pairs.second)).detach()
-        chance = draws.uniform(*gaps.shape[2:]).expand_as(gaps)
+        chance = draws.uniform(*pairs.first.shape[2:])
         asked = []
-        for i, (query, _) in enumerate(methods.values()):
+        for (query, _), gaps in zip(methods.values(), differences(scores, pairs), strict=True):
             # Of equally certain pairs, as at the start, chance decides.
-            order = {"uncertain": gaps[i].abs() + 1e-6 * chance[i], "random": chance[i], "all": chance[i]}[query]
-            number = order[0].numel() if query == "all" else gold
-            asked.append(least_certain(order.flatten(1), number).unflatten(1, order.shape[1:]))
+            order = gaps.abs() + 1e-6 * chance if query == "uncertain" else chance
+            number = chance[0].numel() if query == "all" else gold
+            asked.append(smallest(order.flatten(1), number).view_as(order))
         asked = torch.stack(asked)
         known = known + count_wins(pairs, ref.shape[-1], asked.float())
-        silver = column([float(silver) for _, silver in methods.values()])
-        labelled = pairs._replace(first_won=torch.where(asked, pairs.first_won, gaps > 0))
-        wins = count_wins(labelled, ref.shape[-1], torch.where(asked, 1.0, silver))
         descend([scores], lambda k=known: preference_losses(scores, 0 * ref, k, ones), steps, learning_rate)
+        gaps = differences(scores, pairs)
+        labelled = pairs._replace(first_won=torch.where(asked, pairs.first_won, gaps > 0))
+        # Where nothing is known of either action there is no silver label.
+        wins = count_wins(labelled, ref.shape[-1], torch.where(asked, 1.0, silver * (gaps != 0)))
         descend([logits], lambda w=wins: preference_losses(logits, ref, w, beta * ones), steps, learning_rate)
         history.add(logits)
     return history.read()

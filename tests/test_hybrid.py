@@ -1,0 +1,198 @@
+"""Hybrid preference optimisation: its loss by hand and in plain Python, kappa 0 as its host, the value head."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
+
+from mallowspo import HybridTrainer
+from mallowspo.data import tokenize_pairs
+from mallowspo.hybrid import VALUE_FILE, hybrid_loss
+
+numbers = st.lists(st.floats(-4, 4), min_size=4, max_size=4)
+
+
+def rewarded(rows, seed=0):
+    """Pairs with rewards: what HybridTrainer reads."""
+    generator = np.random.default_rng(seed)
+    columns = {name: generator.normal(size=rows).tolist() for name in ("chosen_reward", "rejected_reward")}
+    return tiny_pairs(rows, seed, **columns)
+
+
+def hybrid_trainer(folder, kappa=0.5, temperature=1.0, data=None, expectile=0.5, max_exponent=3.0, **options):
+    """tiny_trainer's HybridTrainer."""
+    plain = tiny_trainer(folder, **{"rows": 2, "loss_type": "dpo"} | options)
+    given_ = {name: options[name] for name in ("eval_dataset", "peft_config", "callbacks") if name in options}
+    return HybridTrainer(
+        model=options.get("model") or tiny_model(),
+        args=plain.args,
+        train_dataset=rewarded(6) if data is None else data,
+        processing_class=tiny_tokenizer(),
+        kappa=kappa,
+        temperature=temperature,
+        expectile=expectile,
+        max_exponent=max_exponent,
+        **given_,
+    )
+
+
+# ---- the loss ------------------------------------------------------------------------------------------------------
+
+
+def test_worked_example():
+    """One pair of three tokens each: log-probabilities -1 -1 -2 = -4 and -2 -2 -2 = -6, rewards 2 and 1 where 1 was
+    expected, alpha 1 / ln 2: weights 2 and 1. With kappa 1/2 the loss 3 becomes 3 + (2 * 4 + 1 * 6) / 4 = 6.5."""
+    logps = torch.tensor([[-1.0, -1.0, -2.0], [-2.0, -2.0, -2.0]]).sum(1).requires_grad_()
+    rewards, values = torch.tensor([2.0, 1.0]), torch.tensor([1.0, 1.0])
+    loss = hybrid_loss(torch.tensor([3.0]), logps, rewards, values, kappa=0.5, temperature=1 / math.log(2))
+    assert loss.tolist() == pytest.approx([6.5])
+    assert torch.autograd.grad(loss.sum(), logps)[0].tolist() == pytest.approx([-0.5, -0.25])
+
+
+@given(numbers, numbers, numbers, st.floats(0.01, 5), st.floats(0.1, 5), st.floats(0.1, 5))
+def test_it_is_the_formula(logps, rewards, values, kappa, temperature, cap):
+    tensors = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (logps, rewards, values)]
+    host = torch.tensor([0.5, 1.5], dtype=torch.float64, requires_grad=True)
+    loss = hybrid_loss(host, *tensors, kappa=kappa, temperature=temperature, max_exponent=cap)
+    weights = [math.exp(min((r - v) / temperature, cap)) for r, v in zip(rewards, values, strict=True)]
+    terms = [w * lp for w, lp in zip(weights, logps, strict=True)]
+    expected = [base - kappa * (terms[b] + terms[b + 2]) / 2 for b, base in enumerate((0.5, 1.5))]
+    assert loss.tolist() == pytest.approx(expected)
+    gradients = torch.autograd.grad(loss.sum(), [host, *tensors], allow_unused=True)
+    assert gradients[0].tolist() == [1, 1] and gradients[2:] == (None, None)
+    assert gradients[1].tolist() == pytest.approx([-kappa * w / 2 for w in weights])
+
+
+@given(numbers, numbers, numbers)
+def test_kappa_0_is_the_host(logps, rewards, values):
+    tensors = [torch.tensor(x, requires_grad=True) for x in (logps, rewards, values)]
+    host = tensors[0].chunk(2)[0].square()
+    loss = hybrid_loss(host, *tensors, kappa=0, temperature=1.0)
+    found, expected = (torch.autograd.grad(x.sum(), tensors[0], retain_graph=True)[0] for x in (loss, host))
+    assert torch.equal(loss, host) and torch.equal(found, expected)
+
+
+X = torch.zeros(4)
+
+
+@pytest.mark.parametrize(
+    "arguments, options, message",
+    [
+        ((X[:2], X, X, X[:2]), {}, "shapes must agree"),
+        ((X, X, X, X), {}, r"logps must be \[2B\] beside losses \[B\], got \[4\] and \[4\]"),
+        ((X[:2], X, X, X), {"kappa": -1.0}, "kappa must be finite and >= 0, got -1.0"),
+        ((X[:2], X, X, X), {"temperature": 0.0}, "temperature must be finite and positive, got 0.0"),
+    ],
+)
+def test_bad_input(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        hybrid_loss(*arguments, **{"kappa": 1.0, "temperature": 1.0} | options)
+
+
+# ---- the trainer ---------------------------------------------------------------------------------------------------
+
+WAYS = {
+    "packed": {},
+    "padded": {"share_prompt": False},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "adapter": {"peft_config": lora},
+    "head under lora": {"peft_config": lambda: lora(target_modules=["q_proj", "lm_head"])},
+    "dispersion": {"loss_type": "mallows-theta"},
+}
+
+
+def options_of(way):
+    return {name: value() if callable(value) else value for name, value in WAYS[way].items()}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_kappa_0_trains_as_the_host(tmp_path, way):
+    """With dropout, so that a random number more or less would show."""
+    runs = []
+    for build in (tiny_trainer, hybrid_trainer):
+        more = {"train_dataset": rewarded(6)} if build is tiny_trainer else {"kappa": 0.0, "data": rewarded(6)}
+        model = tiny_model(attention_dropout=0.2)
+        trainer = build(tmp_path, model=model, disable_dropout=False, max_steps=3, **options_of(way), **more)
+        trainer.train()
+        runs.append((trainer.model.state_dict(), train_logs(trainer)))
+    (weights, logs), (ours, own_logs) = runs
+    assert all(torch.equal(ours[name], weight) for name, weight in weights.items())
+    assert [{name: log[name] for name in first} for first, log in zip(logs, own_logs, strict=True)] == logs
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_values_read_the_prompts_last_hidden_state(tmp_path, way):
+    """The head's values, from the hidden states of the whole model run on each prompt alone."""
+    data = rewarded(4)
+    trainer = hybrid_trainer(tmp_path, data=data, max_steps=4, eval_dataset=data, **options_of(way))
+    trainer.train()
+    metrics = trainer.evaluate()
+    values = []
+    for row in tokenize_pairs(data, tiny_tokenizer()):
+        states = trainer.model(torch.tensor([row["prompt_ids"]]), output_hidden_states=True).hidden_states
+        values.append(trainer.value_head(states[-1][0, -1]).item())
+    assert len(set(values)) == 4 and max(map(abs, values)) > 1e-4
+    errors = np.array([data["chosen_reward"][:], data["rejected_reward"][:]]) - np.array(values)
+    assert metrics["eval_hybrid/value_loss"] == pytest.approx((errors**2).mean() / 2, rel=1e-4)
+    assert metrics["eval_hybrid/advantage"] == pytest.approx(errors.mean(), rel=1e-3, abs=1e-6)
+    assert metrics["eval_hybrid/weight"] == pytest.approx(np.exp(errors).mean(), rel=1e-4)
+
+
+def test_the_term_pulls_the_rewarded_response_up(tmp_path):
+    """Two runs whose pairs differ in which response is rewarded."""
+    found = []
+    for better in ("chosen_reward", "rejected_reward"):
+        rewards = {name: [4.0 if name == better else -4.0] * 4 for name in ("chosen_reward", "rejected_reward")}
+        data = tiny_pairs(4, **rewards)
+        trainer = hybrid_trainer(tmp_path, kappa=5.0, data=data, max_steps=4, learning_rate=1e-3)
+        before = trainer.score(data)["rejected_logps"]
+        trainer.train()
+        found.append((trainer.score(data)["rejected_logps"] - before).mean())
+    assert found[1] > max(found[0], 0)
+
+
+def test_the_value_head_learns(tmp_path):
+    data = tiny_pairs(6, chosen_reward=[5.0] * 6, rejected_reward=[1.0] * 6)
+    trainer = hybrid_trainer(tmp_path, data=data, kappa=0.0, max_steps=300, learning_rate=0.0, logging_steps=100)
+    trainer._value_optimizer.param_groups[0]["lr"] = 0.05
+    trainer.train()
+    losses = [log["hybrid/value_loss"] for log in train_logs(trainer)]
+    assert losses[-1] == pytest.approx(2.0, abs=0.2) < losses[0]  # the mean of the rewards, 3, leaves half of 2^2
+
+
+def test_a_resumed_run_is_the_whole_run(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "precompute_ref_log_probs": True}
+    whole = hybrid_trainer(tmp_path / "whole", max_steps=4, **options)
+    whole.train()
+    assert (tmp_path / "whole" / "checkpoint-2" / VALUE_FILE).exists()
+    resumed = hybrid_trainer(tmp_path / "whole", max_steps=4, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert train_logs(resumed) == train_logs(whole)
+    for ours, theirs in zip(resumed.value_head.parameters(), whole.value_head.parameters(), strict=True):
+        assert torch.equal(ours, theirs) and ours.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (lambda: tiny_pairs(2), "train data set lacks the column 'chosen_reward'"),
+        (lambda: tiny_pairs(2, chosen_reward=[1.0, 1.0]), "train data set lacks the column 'rejected_reward'"),
+        (
+            lambda: tiny_pairs(2, chosen_reward=[1.0, 1.0], rejected_reward=[1.0, math.nan]),
+            "'rejected_reward' nan in row 1",
+        ),
+    ],
+)
+def test_rewards_that_are_missing(tmp_path, data, message):
+    with pytest.raises(ValueError, match=message):
+        hybrid_trainer(tmp_path, data=data())
+
+
+@pytest.mark.parametrize("options", [{"kappa": -1.0}, {"temperature": 0.0}, {"expectile": 1.0}, {"max_exponent": 0.0}])
+def test_numbers_out_of_range(tmp_path, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        hybrid_trainer(tmp_path, **options)
