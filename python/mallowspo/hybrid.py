@@ -4,9 +4,9 @@
     value:  E[|tau - 1{R < V}| (R - V)^2]
 
 What was read of the paper (abstract, introduction, reviews) has a preference loss, an advantage-weighted likelihood
-term and a value network trained by expectile regression, all without sampling. From memory, and not verified, are where
+term and a value network trained by expectile regression, all without sampling. From memory, and not verified, is where
 kappa and alpha stand, and that the expectations run over both responses of a pair. Its kappa, alpha and tau are not
-known. The cap on the exponent and the value head are ours.
+known. The cap on the exponent and the value head's design are ours.
 """
 
 from pathlib import Path
@@ -57,10 +57,10 @@ class HybridTrainer(MallowsTrainer):
     """A MallowsTrainer whose loss has HPO's reward term added to that of any objective.
 
     The data sets need the columns ``chosen_reward`` and ``rejected_reward``, finite numbers. V(x) is a linear head on
-    the last hidden state of the prompt (of an empty prompt: of the first token), which passes no gradient to the model;
-    it has an Adam of its own, one step a batch, and lies in every checkpoint. Beside MallowsTrainer's, the metrics are
-    ``hybrid/value_loss``, ``hybrid/advantage`` and ``hybrid/weight``, means over both responses; ``loss`` is the
-    policy's.
+    the last hidden state of the prompt (of an empty prompt: of the first token), through which no gradient passes to
+    the model; it has an Adam of its own, one step a batch, and lies in every checkpoint. Beside MallowsTrainer's, the
+    metrics are ``hybrid/value_loss``, ``hybrid/advantage`` and ``hybrid/weight``, means over both responses; ``loss``
+    is the policy's.
 
     Args:
         kappa: >= 0; 0 trains as MallowsTrainer does, bit for bit.
