@@ -19,6 +19,7 @@ CAPTIONS = {
     "discriminator": "{candidates} pairs a context and round. People see {gold} a round, of all contexts together; in "
     "the last row they see all. The other pairs are dropped (gold), or the discriminator labels them (silver).",
 }
+PLOT_CAPTION = "Expected reward over the rounds, and what it costs in KL; grey: the most reward that a KL can buy."
 
 
 def summarise(history, methods):
@@ -35,21 +36,27 @@ def summarise(history, methods):
 
 
 def tables(results, options):
-    """Markdown: each study after a quarter of the rounds and at the end."""
+    """Markdown: each study after a quarter of the rounds and at the end, with its plot."""
     last = options.rounds
     early = max(1, last // 4)
-    parts = [f"Means over {options.num_seeds} seeds and {len(options.dispersions)} contexts, ± half a 95% interval."]
+    parts = [
+        "# Three methods around the objective, on a bandit\n",
+        f"Means over {options.num_seeds} seeds and {len(options.dispersions)} contexts, ± half a 95% interval. Reward: "
+        "the place of an action in the people's central ranking, from 0 to 1. Differences are taken seed by seed.",
+    ]
     for name, study in results.items():
         first = next(iter(study))
         caption = CAPTIONS[name].format(**vars(options))
         parts.append(f"\n## {TITLES[name]}\n\n{caption}\n")
-        head = (f"reward, round {early}", f"reward, round {last}", f"minus {first}", "KL (nats)", "best action")
+        head = [f"reward, round {early}", f"minus {first}", f"reward, round {last}", f"minus {first}", "KL (nats)"]
         parts.append("| method | " + " | ".join(head) + " |\n|---|" + "---|" * len(head))
         for method, values in study.items():
-            cells = [_cell(values["reward"], early), _cell(values["reward"], last)]
-            cells.append("" if method == first else _cell(values["reward_minus_first"], last, sign="+"))
-            cells += [_cell(values["kl"], last), _cell(values["optimal"], last)]
-            parts.append(f"| {method} | " + " | ".join(cells) + " |")
+            cells = []
+            for at in (early, last):
+                cells.append(_cell(values["reward"], at))
+                cells.append("" if method == first else _cell(values["reward_minus_first"], at, sign="+"))
+            parts.append(f"| {method} | " + " | ".join([*cells, _cell(values["kl"], last)]) + " |")
+        parts.append(f"\n![{PLOT_CAPTION}]({name}.png)")
     return "\n".join(parts) + "\n"
 
 

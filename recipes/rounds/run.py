@@ -27,30 +27,47 @@ from mallowspo.files import write_whole
 from options import parse_options
 
 
+def _values(*values, about):
+    return field(default_factory=lambda: list(values), metadata={"help": about})
+
+
 @dataclass
 class Options:
-    """What default.yaml has, where each is explained."""
+    """The bandits, what every study shares, and what each of the three has of its own."""
 
-    output_dir: str
-    dispersions: list[float]
-    num_actions: int
-    distance: str
-    demonstrations: int
-    prior: float
-    rounds: int
-    steps: int
-    learning_rate: float
-    beta: float
-    alphas: list[float]
-    comparisons: int
-    temperatures: list[float]
-    rewards: int
-    reward_noise: float
-    candidates: int
-    gold: int
-    num_seeds: int
-    seed: int
-    config: str = field(default=str(Path(__file__).with_name("default.yaml")), metadata={"help": "YAML file."})
+    config: str = field(
+        default=str(Path(__file__).with_name("default.yaml")), metadata={"help": "YAML file of options."}
+    )
+    output_dir: str = field(default="outputs/rounds", metadata={"help": "Tables, JSON and plots."})
+    dispersions: list[float] = _values(
+        *(0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95), about="phi of each context, in (0, 1)."
+    )
+    num_actions: int = field(default=6, metadata={"help": "K; at most 8 for spearman."})
+    distance: str = field(default="kendall", metadata={"help": "Mallows model of people's rankings, or spearman."})
+    demonstrations: int = field(default=100, metadata={"help": "First choices a context the reference is made of."})
+    prior: float = field(default=0.1, metadata={"help": "Pseudo-observations of each action beside them, > 0."})
+    rounds: int = field(default=16, metadata={"help": "Of sampling and learning."})
+    steps: int = field(default=40, metadata={"help": "Of Adam, in each round."})
+    learning_rate: float = field(default=0.02, metadata={"help": "Of Adam."})
+    beta: float = field(default=4.0, metadata={"help": "Of DPO, in the first study and in the third."})
+    num_seeds: int = field(default=20, metadata={"help": "At least 5, for the intervals."})
+    alphas: list[float] = _values(0.3, 0.6, 0.9, about="First study: extrapolation, in (0, 1).")
+    comparisons: int = field(default=60, metadata={"help": "First study: pairs a context and round."})
+    temperatures: list[float] = _values(0.05, 0.1, 0.2, 0.5, about="Second study: lambda.")
+    rewards: int = field(default=10, metadata={"help": "Second study: actions a context and round."})
+    reward_noise: float = field(default=0.3, metadata={"help": "Second study: standard deviation of a reward."})
+    candidates: int = field(default=8, metadata={"help": "Third study: pairs a context and round."})
+    gold: int = field(default=8, metadata={"help": "Third study: of them, over all contexts, shown to people."})
+
+    def __post_init__(self):
+        if self.num_seeds < 5:
+            raise ValueError(f"num_seeds must be at least 5 for an interval, got {self.num_seeds}")
+        if min(self.rounds, self.steps, self.comparisons, self.rewards, self.candidates, self.gold) < 1:
+            raise ValueError("rounds, steps, comparisons, rewards, candidates and gold must be at least 1")
+        if self.gold > self.candidates * len(self.dispersions):
+            raise ValueError(f"gold={self.gold} is more than all {self.candidates} candidates of every context")
+        if not all(0 < alpha < 1 for alpha in self.alphas):
+            raise ValueError(f"alphas must be in (0, 1), got {self.alphas}; 0 is there in any case")
 
 
 def run_studies(options, problem, seeds):
@@ -88,9 +105,9 @@ def run_studies(options, problem, seeds):
 
 
 def main(arguments=None):
-    (options,) = parse_options((Options,), __doc__.split("\n")[0], arguments)
+    (options,) = parse_options(Options, __doc__.split("\n")[0], arguments)
     torch.set_num_threads(1)  # the tables are small
-    seeds = range(options.seed, options.seed + options.num_seeds)
+    seeds = range(options.num_seeds)
     problem = experiment.make_problem(
         options.dispersions,
         num_actions=options.num_actions,
@@ -106,7 +123,7 @@ def main(arguments=None):
     text = figures.tables(results, options)
     folder = Path(options.output_dir)
     versions = {"mallowspo": mallowspo.__version__, "python": platform.python_version(), "torch": version("torch")}
-    record = {"options": asdict(options), "versions": versions, "frontier": frontier, "studies": results}
+    record = {"settings": asdict(options), "versions": versions, "frontier": frontier, "studies": results}
     write_whole(folder / "results.json", json.dumps(record, indent=1).encode())
     write_whole(folder / "results.md", text.encode())
     for name, study in results.items():

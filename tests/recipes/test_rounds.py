@@ -162,7 +162,7 @@ def test_a_small_run(tmp_path, capsys):
     text = (tmp_path / "out" / "results.md").read_text()
     assert text in capsys.readouterr().out and "nan" not in text
     record = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert record["options"]["rounds"] == 4 and set(record["studies"]) == set(figures.TITLES)
+    assert record["settings"]["rounds"] == 4 and set(record["studies"]) == set(figures.TITLES)
     assert list(record["studies"]["accelerated"]) == ["iterative DPO", "alpha 0.5", "beta 2"]
     for name, study in record["studies"].items():
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -174,7 +174,7 @@ def test_a_small_run(tmp_path, capsys):
 
 def test_the_readme_has_the_tables_of_the_default_run():
     """Each row of its tables names a method that the default options run."""
-    (options,) = run.parse_options((run.Options,), "", [])
+    (options,) = run.parse_options(run.Options, "", [])
     readme = (RECIPES / "rounds" / "README.md").read_text()
     for alpha in options.alphas:
         assert f"| alpha {alpha:g} |" in readme
