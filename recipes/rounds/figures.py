@@ -41,8 +41,8 @@ def tables(results, options):
     early = max(1, last // 4)
     parts = [
         "# Three methods around the objective, on a bandit\n",
-        f"Means over {options.num_seeds} seeds and {len(options.dispersions)} contexts, ± half a 95% interval. Reward: "
-        "the place of an action in the people's central ranking, from 0 to 1. Differences are taken seed by seed.",
+        f"Means over {options.num_seeds} seeds and {len(options.dispersions)} contexts, ± half a 95% interval. Reward "
+        "is an action's place in the central ranking, from 0 to 1. Differences are taken seed by seed.",
     ]
     for name, study in results.items():
         first = next(iter(study))
