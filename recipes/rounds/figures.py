@@ -17,7 +17,8 @@ CAPTIONS = {
     "advantages": "{rewards} rewards a context and round; the number is the temperature. APA and the policy gradient "
     "are held to the reference by it, AWR is not.",
     "discriminator": "{candidates} pairs a context and round. People see {gold} a round, of all contexts together; in "
-    "the last row they see all. The other pairs are dropped (gold), or the discriminator labels them (silver).",
+    "the last row they see all. The other pairs are dropped (gold), or a discriminator labels them: a table that knows "
+    "nothing of other contexts (silver), or one that carries over what it learns (shared silver).",
 }
 PLOT_CAPTION = "Expected reward over the rounds, and what it costs in KL; grey: the most reward that a KL can buy."
 
@@ -70,7 +71,7 @@ def plot(name, study, frontier):
     rounds, spent = figure.subplots(1, 2)
     groups = list(dict.fromkeys(method.split()[0].rstrip(",") for method in study))
     colors = {"iterative": "#222222", "gold": "#222222", "all": "#2a7f3f", "APA": "#0b62a4", "alpha": "#0b62a4"}
-    colors |= {"beta": "#d1570d", "AWR": "#d1570d", "policy": "#7b7b7b", "silver": "#0b62a4"}
+    colors |= {"beta": "#d1570d", "AWR": "#d1570d", "policy": "#7b7b7b", "silver": "#0b62a4", "shared": "#d1570d"}
     seen = dict.fromkeys(groups, 0)
     for method, values in study.items():
         group = method.split()[0].rstrip(",")

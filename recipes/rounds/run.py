@@ -84,11 +84,13 @@ def run_studies(options, problem, seeds):
     losses = {"apa": "APA", "awr": "AWR", "pg": "policy gradient"}
     advantages = {f"{losses[loss]}, {t:g}": (loss, t) for loss in losses for t in options.temperatures}
     labels = {
-        "gold, random": ("random", False),
-        "gold, uncertain": ("uncertain", False),
-        "silver, random": ("random", True),
-        "silver, uncertain": ("uncertain", True),
-        "all gold": ("all", False),
+        "gold, random": ("random", "none"),
+        "gold, uncertain": ("uncertain", "none"),
+        "silver, random": ("random", "table"),
+        "silver, uncertain": ("uncertain", "table"),
+        "shared silver, random": ("random", "shared"),
+        "shared silver, uncertain": ("uncertain", "shared"),
+        "all gold": ("all", "none"),
     }
     found = {
         "accelerated": studies.accelerated(

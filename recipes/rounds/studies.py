@@ -176,41 +176,54 @@ def smallest(values, number):
     return torch.zeros(values.shape, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
-def differences(scores, pairs):
-    """[M, S, C, n]: a score [M, S, C, K] of the first action minus that of the second."""
-    return (scores.gather(-1, pairs.first) - scores.gather(-1, pairs.second)).detach()
-
-
 def discriminator(problem, methods, seeds, *, rounds, samples, steps, learning_rate, beta, gold):
     """Discriminator-guided DPO; methods: {name: (query, silver)}.
 
     Each round samples pairs; ``gold`` of them, over all contexts of a seed, are shown to people: those the
     discriminator is least certain of (query "uncertain"), any ("random") or, whatever ``gold`` is, all ("all"). The
-    discriminator, a table of Bradley-Terry scores, learns from every gold pair so far. The policy takes DPO steps on
-    the round's gold pairs and, with silver, on the others as the discriminator then orders them.
+    discriminator, Bradley-Terry scores, learns from every gold pair so far. The policy takes DPO steps on the round's
+    gold pairs and on the others as the discriminator then orders them; with silver "none" on the gold ones alone.
+
+    A "table" discriminator has a score for each action of each context and so knows nothing of a context without gold
+    pairs. A "shared" one has the same scores in all contexts for the actions at the same place of the central ranking:
+    it carries over what it learns, as a reward model does that reads the text.
     """
     draws, history = Draws(seeds), History(problem)
     ref = problem.ref_logps.expand(len(methods), -1, -1, -1)
-    logits, scores = ref.clone().requires_grad_(), torch.zeros_like(ref, requires_grad=True)
-    known = torch.zeros(*ref.shape, ref.shape[-1])
-    ones, silver = column([1.0] * len(methods)), column([float(silver) for _, silver in methods.values()])
+    actions = ref.shape[-1]
+    place = ((1 - problem.utility) * (actions - 1)).round().long().expand_as(ref)
+    logits, table = ref.clone().requires_grad_(), torch.zeros_like(ref, requires_grad=True)
+    common = torch.zeros_like(ref[..., :1, :], requires_grad=True)
+    queries, silvers = zip(*methods.values(), strict=True)
+    shared, silver = (
+        column([float(kind in kinds) for kind in silvers]) for kinds in (["shared"], ["shared", "table"])
+    )
+    known, ones = torch.zeros(*ref.shape, actions), column([1.0] * len(methods))
+
+    def scores():
+        return torch.where(shared > 0, common.expand_as(ref).gather(-1, place), table)
+
+    def gaps(pairs):
+        found = scores().detach()
+        return found.gather(-1, pairs.first) - found.gather(-1, pairs.second)
+
     history.add(logits)
     for _ in range(rounds):
         pairs = sample_pairs(problem, logits.detach(), samples, draws)
         chance = draws.uniform(*pairs.first.shape[2:])
         asked = []
-        for (query, _), gaps in zip(methods.values(), differences(scores, pairs), strict=True):
+        for query, gap in zip(queries, gaps(pairs), strict=True):
             # Of equally certain pairs, as at the start, chance decides.
-            order = gaps.abs() + 1e-6 * chance if query == "uncertain" else chance
+            order = gap.abs() + 1e-6 * chance if query == "uncertain" else chance
             number = chance[0].numel() if query == "all" else gold
             asked.append(smallest(order.flatten(1), number).view_as(order))
         asked = torch.stack(asked)
-        known = known + count_wins(pairs, ref.shape[-1], asked.float())
-        descend([scores], lambda k=known: preference_losses(scores, 0 * ref, k, ones), steps, learning_rate)
-        gaps = differences(scores, pairs)
-        labelled = pairs._replace(first_won=torch.where(asked, pairs.first_won, gaps > 0))
+        known = known + count_wins(pairs, actions, asked.float())
+        descend([table, common], lambda k=known: preference_losses(scores(), 0 * ref, k, ones), steps, learning_rate)
+        gap = gaps(pairs)
+        labelled = pairs._replace(first_won=torch.where(asked, pairs.first_won, gap > 0))
         # Where nothing is known of either action there is no silver label.
-        wins = count_wins(labelled, ref.shape[-1], torch.where(asked, 1.0, silver * (gaps != 0)))
+        wins = count_wins(labelled, actions, torch.where(asked, 1.0, silver * (gap != 0)))
         descend([logits], lambda w=wins: preference_losses(logits, ref, w, beta * ones), steps, learning_rate)
         history.add(logits)
     return history.read()

@@ -27,7 +27,7 @@ def small_study(name, data, seeds, methods=None):
         "accelerated": ({"plain": (0.0, 1.0), "fast": (0.5, 1.0), "larger": (0.0, 0.5)}, {}),
         "advantages": ({"apa": ("apa", 0.2), "awr": ("awr", 0.2), "pg": ("pg", 0.2)}, {"noise": 0.1}),
         "discriminator": (
-            {"gold": ("random", False), "sure": ("uncertain", True), "all": ("all", False)},
+            {"gold": ("random", "none"), "sure": ("uncertain", "table"), "same": ("random", "shared")},
             {"beta": 1.0, "gold": 3},
         ),
     }
@@ -134,11 +134,35 @@ def test_apa_finds_the_regularised_optimum():
 
 def test_all_gold_is_dpo_and_silver_needs_knowledge():
     """With every pair shown, silver labels are none; with none shown nothing is known, so nothing is learned."""
-    data = problem()
-    methods = {"all": ("all", False), "all, silver": ("all", True), "nothing": ("random", True)}
-    found = studies.discriminator(data, methods, (0, 1), **SMALL, beta=1.0, gold=0)
-    assert torch.equal(found["reward"][:, 0], found["reward"][:, 1])
-    assert torch.equal(found["reward"][0, 2], found["reward"][-1, 2])
+    methods = {
+        f"{query}, {kind}": (query, kind) for query in ("all", "random") for kind in ("none", "table", "shared")
+    }
+    reward = studies.discriminator(problem(), methods, (0, 1), **SMALL, beta=1.0, gold=0)["reward"]
+    for i in (1, 2):
+        assert torch.equal(reward[:, i], reward[:, 0]) and (reward[-1, 0] != reward[0, 0]).all()
+    assert torch.equal(reward[-1, 3:], reward[0, 3:])
+
+
+def test_a_shared_discriminator_carries_over_to_unseen_contexts(monkeypatch):
+    """People are only ever shown pairs of the first context, where they all but agree."""
+    data = problem(phis=(0.01, 0.01))
+    monkeypatch.setattr(
+        studies, "smallest", lambda values, number: torch.arange(values.shape[1]).expand_as(values) < 8
+    )
+    seen = {}
+
+    class Recorded(studies.History):
+        def add(self, logits):
+            super().add(logits)
+            seen["last"] = logits.detach().softmax(-1)
+
+    monkeypatch.setattr(studies, "History", Recorded)
+    methods = {"table": ("random", "table"), "shared": ("random", "shared")}
+    options = {"rounds": 6, "samples": 8, "steps": 10, "learning_rate": 0.1, "beta": 1.0, "gold": 8}
+    studies.discriminator(data, methods, (0, 1), **options)
+    reward = (seen["last"] * data.utility).sum(-1)  # [M, S, C]
+    start = (data.ref_logps.exp() * data.utility).sum(-1)[:, 1]
+    assert torch.allclose(reward[0, :, 1], start, atol=1e-5) and (reward[1, :, 1] > start + 0.02).all()
 
 
 def test_nothing_beats_the_frontier():
