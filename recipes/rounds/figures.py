@@ -17,8 +17,8 @@ CAPTIONS = {
     "advantages": "{rewards} rewards a context and round; the number is the temperature. APA and the policy gradient "
     "are held to the reference by it, AWR is not.",
     "discriminator": "{candidates} pairs a context and round. People see {gold} a round, of all contexts together; in "
-    "the last row they see all. The other pairs are dropped (gold), or a discriminator labels them: a table that knows "
-    "nothing of other contexts (silver), or one that carries over what it learns (shared silver).",
+    "the last row they see all. The other pairs are dropped (gold), or a discriminator labels them: a table, which "
+    "knows nothing of other contexts (silver), or one that carries over what it learns (shared silver).",
 }
 PLOT_CAPTION = "Expected reward over the rounds, and what it costs in KL; grey: the most reward that a KL can buy."
 
