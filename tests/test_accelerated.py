@@ -21,7 +21,9 @@ tables = st.lists(st.floats(-20, 0), min_size=6, max_size=6)
 
 def config(folder, **options):
     """MallowsConfig of tiny_trainer's settings."""
-    return tiny_trainer(folder, **{"loss_type": "dpo", "precompute_ref_log_probs": True} | options).args
+    args = tiny_trainer(folder, **{"loss_type": "dpo"} | options).args
+    args.precompute_ref_log_probs = True
+    return args
 
 
 # ---- the formula ----------------------------------------------------------------------------------------------------

@@ -101,9 +101,7 @@ class AcceleratedTrainer(MallowsTrainer):
 
     def _reference_of(self, batch):
         if self.previous_model is not None and REFERENCE_COLUMNS[0] not in batch:
-            raise ValueError(
-                "the reference is extrapolated for the data of the constructor alone: pass this data there"
-            )
+            raise ValueError("the reference is extrapolated only for the constructor's data sets: pass this one there")
         return super()._reference_of(batch)
 
 
@@ -138,7 +136,7 @@ def accelerated_rounds(model, pairs, args, *, rounds, alpha, eval_dataset=None, 
         own = copy.copy(args)
         own.output_dir = str(Path(args.output_dir) / f"round-{number + 1}")
         own.precompute_ref_log_probs = True
-        own.reference_cache_dir = args.reference_cache_dir or str(Path(args.output_dir) / "reference_cache")
+        own.reference_cache_dir = args.reference_cache_dir or str(Path(args.output_dir) / "_reference_cache")
         trainer = AcceleratedTrainer(
             model,
             current,
