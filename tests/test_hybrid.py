@@ -1,6 +1,10 @@
 """Hybrid preference optimisation: its loss by hand and in plain Python, kappa 0 as its host, the value head."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,6 +179,47 @@ def test_a_resumed_run_is_the_whole_run(tmp_path):
         assert torch.equal(ours, theirs) and ours.abs().max() > 0
 
 
+def train_and_save(folder):
+    """What every rank does; ten pairs fill two and a half batches of four."""
+    trainer = hybrid_trainer(
+        folder,
+        train_dataset=rewarded(10),
+        eval_dataset=rewarded(5, seed=1),
+        per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", 1)),
+        max_steps=5,
+        train_sampling_strategy="sequential",
+        optim="sgd",
+        learning_rate=0.1,
+    )
+    trainer.train()
+    metrics = {name: value for name, value in trainer.evaluate().items() if "hybrid" in name or name == "eval_loss"}
+    facts = trainer.model.state_dict(), trainer.value_head.state_dict(), train_logs(trainer), metrics
+    torch.save(facts, folder / f"facts.{trainer.accelerator.process_index}.pt")
+
+
+def test_two_ranks_train_as_one(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    train_and_save(tmp_path / "one")
+    config = Path(__file__).parents[1] / "recipes" / "accelerate" / "ddp.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
+    command += ["--mixed_precision", "no", "--main_process_port", "0", __file__, tmp_path / "two"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run([*map(str, command)], env=environment, timeout=240, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    files = (tmp_path / "one" / "facts.0.pt", tmp_path / "two" / "facts.0.pt", tmp_path / "two" / "facts.1.pt")
+    one, *two = (torch.load(file, weights_only=False) for file in files)
+    for rank in two:
+        for found, expected in zip(rank[:2], one[:2], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        assert rank[3] == pytest.approx(one[3], rel=1e-4)
+    for found, expected in zip(two[0][2], one[2], strict=True):
+        names = [name for name in expected if name.startswith("hybrid/") or name == "loss"]
+        assert len(names) == 4 and all(found[name] == pytest.approx(expected[name], rel=1e-4) for name in names)
+
+
 @pytest.mark.parametrize(
     "data, message",
     [
@@ -195,3 +240,8 @@ def test_rewards_that_are_missing(tmp_path, data, message):
 def test_numbers_out_of_range(tmp_path, options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
         hybrid_trainer(tmp_path, **options)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train_and_save(Path(sys.argv[1]))
