@@ -13,6 +13,7 @@ from tiny import cache_files, lora, plain_stats, tiny_model, tiny_pairs, tiny_to
 from mallowspo import AcceleratedTrainer, MallowsConfig, MallowsTrainer, accelerated_rounds
 from mallowspo import functional as F
 from mallowspo.accelerated import extrapolate_parameters_, extrapolated
+from mallowspo.data import REFERENCE_COLUMNS, TOKEN_REFERENCE_COLUMNS
 from mallowspo.modeling import add_adapter
 
 alphas = st.floats(0, 0.99)
@@ -119,6 +120,20 @@ def test_the_loss_has_the_extrapolated_reference(tmp_path):
         trainer.score(tiny_pairs(2, seed=5))
 
 
+def test_token_columns_are_extrapolated_too(tmp_path):
+    pairs = tiny_pairs(2)
+    trainer = AcceleratedTrainer(
+        *(tiny_model(seed=seed) for seed in range(3)),
+        alpha=0.4,
+        args=config(tmp_path, loss_type="d2po"),
+        train_dataset=pairs,
+        processing_class=tiny_tokenizer(),
+    )
+    prepared = trainer._prepared(pairs)
+    for whole, tokens in zip(REFERENCE_COLUMNS[:2], TOKEN_REFERENCE_COLUMNS, strict=True):
+        assert [sum(row) for row in prepared[tokens][:]] == pytest.approx(prepared[whole][:], rel=1e-5)
+
+
 def by_hand(model, data, args, rounds):
     """Iterative DPO: every round against a frozen copy of what the round before gave."""
     weights = []
@@ -182,6 +197,11 @@ def test_what_cannot_be_accelerated(tmp_path, options, message):
     )
     with pytest.raises(ValueError, match=message):
         AcceleratedTrainer(tiny_model(), tiny_model(), alpha=0.3, args=args, train_dataset=tiny_pairs(2))
+
+
+def test_a_mixture_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be one model"):
+        AcceleratedTrainer(tiny_model(), [tiny_model(), tiny_model()], alpha=0.3, args=config(tmp_path))
 
 
 def test_no_rounds(tmp_path):

@@ -15,10 +15,9 @@ alpha is known nor which of the two its experiments use. alpha = 0 is iterative 
 import copy
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from mallowspo.data import REFERENCE_COLUMNS
+from mallowspo.data import REFERENCE_COLUMNS, TOKEN_REFERENCE_COLUMNS
 from mallowspo.modeling import attach_token_stats, disable_dropout, load_model, unprepared
 from mallowspo.trainer import MallowsTrainer
 
@@ -62,12 +61,14 @@ class AcceleratedTrainer(MallowsTrainer):
         **kwargs: as in MallowsTrainer.
 
     Raises:
-        ValueError: alpha outside [0, 1), an objective without a reference, a reference that is not precomputed, and
-            what MallowsTrainer raises.
+        ValueError: alpha outside [0, 1), an objective without a reference, several references, one that is not
+            precomputed, and what MallowsTrainer raises.
     """
 
     def __init__(self, model, ref_model, previous_model=None, *, alpha, args, **kwargs):
         extrapolated(0.0, 0.0, alpha)
+        if isinstance(ref_model, list | tuple):
+            raise ValueError("ref_model must be one model, the result of the round before; a mixture has no round")
         if args.objective().reference_free:
             raise ValueError(f"loss_type {args.loss_type!r} has no reference, which is what acceleration extrapolates")
         if not args.precompute_ref_log_probs:
@@ -83,20 +84,15 @@ class AcceleratedTrainer(MallowsTrainer):
     def _shares_prompts(self, args, *models):
         return super()._shares_prompts(args, *models, self.previous_model)
 
-    def _with_reference(self, dataset, name):
-        current = super()._with_reference(dataset, name)
+    def _columns_of(self, model, dataset, name):
+        current = super()._columns_of(model, dataset, name)
         if self.previous_model is None:
             return current
         self._move_model_to_device(self.previous_model, self.args.device)
-        ref_model, self.ref_model = self.ref_model, self.previous_model
-        try:
-            previous = super()._with_reference(dataset, f"{name}, previous")
-        finally:
-            self.ref_model = ref_model
-        for column in REFERENCE_COLUMNS[:2]:
-            halves = (np.asarray(columns[column][:], dtype=np.float64) for columns in (current, previous))
-            values = extrapolated(*halves, self.alpha).astype(np.float32)
-            current = current.remove_columns(column).add_column(column, values)
+        previous = super()._columns_of(self.previous_model, dataset, f"{name}, previous")
+        for column in {*REFERENCE_COLUMNS[:2], *TOKEN_REFERENCE_COLUMNS} & current.keys():
+            values = extrapolated(current[column].double(), previous[column].double(), self.alpha)
+            current[column] = values.to(current[column].dtype)
         return current
 
     def _reference_of(self, batch):

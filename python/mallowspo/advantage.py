@@ -5,7 +5,8 @@ Unreduced, as :func:`mallowspo.functional.preference_loss`: the caller masks and
 
 import torch
 
-from mallowspo.functional import DTYPES, _check_alike, _check_positive, _check_tensor
+from mallowspo.choices import check_positive
+from mallowspo.functional import DTYPES, _check_alike, _check_tensor
 
 # exp of this, 20, is the largest weight of :func:`advantage_weights` by default.
 MAX_EXPONENT = 3.0
@@ -32,7 +33,7 @@ def advantage_loss(logps, ref_logps, advantages, *, temperature=0.1):
             is not positive.
     """
     _check(logps=logps, ref_logps=ref_logps, advantages=advantages)
-    _check_positive("temperature", temperature)
+    check_positive("temperature", temperature)
     logps, ref_logps, advantages = map(_at_least_float32, (logps, ref_logps.detach(), advantages.detach()))
     return (logps - ref_logps - advantages / temperature).square()
 
@@ -51,8 +52,8 @@ def advantage_weights(advantages, *, temperature, max_exponent=MAX_EXPONENT):
         TypeError: a dtype that is not floating point. ValueError: a temperature or exponent that is not positive.
     """
     _check(advantages=advantages)
-    _check_positive("temperature", temperature)
-    _check_positive("max_exponent", max_exponent)
+    check_positive("temperature", temperature)
+    check_positive("max_exponent", max_exponent)
     return (_at_least_float32(advantages.detach()) / temperature).clamp(max=max_exponent).exp()
 
 
