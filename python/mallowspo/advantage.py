@@ -5,8 +5,8 @@ Unreduced, as :func:`mallowspo.functional.preference_loss`: the caller masks and
 
 import torch
 
+from mallowspo.checks import DTYPES, check_alike, check_tensor
 from mallowspo.choices import check_positive
-from mallowspo.functional import DTYPES, _check_alike, _check_tensor
 
 # exp of this, 20, is the largest weight of :func:`advantage_weights` by default.
 MAX_EXPONENT = 3.0
@@ -79,8 +79,8 @@ def expectile_loss(values, targets, *, expectile=0.5):
 
 def _check(**tensors):
     for name, tensor in tensors.items():
-        _check_tensor(name, tensor, DTYPES)
-    _check_alike(**tensors)
+        check_tensor(name, tensor, DTYPES)
+    check_alike(**tensors)
 
 
 def _at_least_float32(tensor):

@@ -14,22 +14,19 @@ from typing import NamedTuple
 
 import torch
 
-from mallowspo import _C
 from mallowspo.autograd import (
     MallowsLogProbFunction,
     PreferenceLossFunction,
     TokenStatsFunction,
     accumulator_dtype,
 )
+from mallowspo.checks import DTYPES, check_alike, check_same_device, check_same_dtype, check_tensor
+from mallowspo.checks import HAS_CUDA_KERNELS as HAS_CUDA_KERNELS
 from mallowspo.choices import LINKS as LINKS
 from mallowspo.choices import MALLOWS_LINKS, check_positive, check_smoothing, operator_settings
 from mallowspo.linear import LinearTokenStatsFunction
 from mallowspo.mixture import mixed_reference_logps  # noqa: F401
 from mallowspo.token_weights import pair_draws, token_weights  # noqa: F401
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-HAS_CUDA_KERNELS = _C.build["cuda"].startswith("yes")
 
 # Normalised entropies are kept this far from 0 and 1, where -log is infinite and zero: a <= 13.8 times the scale.
 ENTROPY_CLAMP = 1e-6
@@ -76,8 +73,8 @@ def token_stats(logits, labels, *, ignore_index=-100, temperature=1.0, inplace_b
             inplace_backward for logits whose vocabulary is not contiguous or that share memory among themselves.
         IndexError: a label outside [0, V) that is not ignore_index (CPU).
     """
-    _check_tensor("logits", logits, DTYPES)
-    _check_tensor("labels", labels, (torch.int64,))
+    check_tensor("logits", logits, DTYPES)
+    check_tensor("labels", labels, (torch.int64,))
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be [..., V] with V >= 1, got shape {list(logits.shape)}")
     if labels.shape != logits.shape[:-1]:
@@ -85,7 +82,7 @@ def token_stats(logits, labels, *, ignore_index=-100, temperature=1.0, inplace_b
             f"labels must have the shape of logits without the vocabulary, {list(logits.shape[:-1])}, "
             f"got {list(labels.shape)}"
         )
-    _check_same_device(logits=logits, labels=labels)
+    check_same_device(logits=logits, labels=labels)
     check_positive("temperature", temperature)
     if inplace_backward and (
         (logits.shape[-1] > 1 and logits.stride(-1) != 1)
@@ -138,14 +135,14 @@ def linear_token_stats(
     Raises:
         TypeError, ValueError, IndexError: as :func:`token_stats`.
     """
-    _check_tensor("hidden", hidden, DTYPES)
-    _check_tensor("weight", weight, DTYPES)
-    _check_tensor("labels", labels, (torch.int64,))
+    check_tensor("hidden", hidden, DTYPES)
+    check_tensor("weight", weight, DTYPES)
+    check_tensor("labels", labels, (torch.int64,))
     down, up = (None, None) if low_rank is None else low_rank
     optional = {"bias": bias, "down": down, "up": up}
     for name, tensor in optional.items():
         if tensor is not None or (name != "bias" and low_rank is not None):
-            _check_tensor(name, tensor, DTYPES)
+            check_tensor(name, tensor, DTYPES)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -170,8 +167,8 @@ def linear_token_stats(
             f"{list(weight.shape)}, got {list(down.shape)} and {list(up.shape)}"
         )
     tensors = {"hidden": hidden, "weight": weight} | {name: x for name, x in optional.items() if x is not None}
-    _check_same_dtype(**tensors)
-    _check_same_device(**tensors, labels=labels)
+    check_same_dtype(**tensors)
+    check_same_device(**tensors, labels=labels)
     check_positive("temperature", temperature)
     if softcap is not None:
         check_positive("softcap", softcap)
@@ -207,9 +204,9 @@ def neg_log_dispersion(chosen_entropy, rejected_entropy, num_outcomes, *, scale=
     Raises:
         TypeError, ValueError: as :func:`token_stats`; num_outcomes below 2; scale not positive.
     """
-    _check_tensor("chosen_entropy", chosen_entropy, DTYPES)
-    _check_tensor("rejected_entropy", rejected_entropy, DTYPES)
-    _check_alike(chosen_entropy=chosen_entropy, rejected_entropy=rejected_entropy)
+    check_tensor("chosen_entropy", chosen_entropy, DTYPES)
+    check_tensor("rejected_entropy", rejected_entropy, DTYPES)
+    check_alike(chosen_entropy=chosen_entropy, rejected_entropy=rejected_entropy)
     if not num_outcomes >= 2:
         raise ValueError(f"num_outcomes must be at least 2, got {num_outcomes}")
     check_positive("scale", scale)
@@ -243,12 +240,12 @@ def mallows_log_prob(margin, neg_log_dispersion, *, smoothing=1.0):
     """
     if not torch.is_tensor(margin) and torch.is_tensor(neg_log_dispersion):
         margin = torch.as_tensor(margin, dtype=neg_log_dispersion.dtype, device=neg_log_dispersion.device)
-    _check_tensor("margin", margin, DTYPES)
+    check_tensor("margin", margin, DTYPES)
     if not torch.is_tensor(neg_log_dispersion):
         neg_log_dispersion = torch.as_tensor(neg_log_dispersion, dtype=margin.dtype, device=margin.device)
-    _check_tensor("neg_log_dispersion", neg_log_dispersion, DTYPES)
-    _check_same_dtype(margin=margin, neg_log_dispersion=neg_log_dispersion)
-    _check_same_device(margin=margin, neg_log_dispersion=neg_log_dispersion)
+    check_tensor("neg_log_dispersion", neg_log_dispersion, DTYPES)
+    check_same_dtype(margin=margin, neg_log_dispersion=neg_log_dispersion)
+    check_same_device(margin=margin, neg_log_dispersion=neg_log_dispersion)
     check_smoothing(smoothing)
     try:
         margin, neg_log_dispersion = torch.broadcast_tensors(margin, neg_log_dispersion)
@@ -341,8 +338,8 @@ def preference_loss(
     if neg_log_dispersion is not None:
         tensors["neg_log_dispersion"] = neg_log_dispersion
     for name, tensor in tensors.items():
-        _check_tensor(name, tensor, DTYPES)
-    _check_alike(**tensors)
+        check_tensor(name, tensor, DTYPES)
+    check_alike(**tensors)
     logps = chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
     return PreferenceLoss(*PreferenceLossFunction.apply(*logps, neg_log_dispersion, *settings))
 
@@ -391,8 +388,8 @@ def diffusion_preference_loss(
     # Checked here under the caller's names; what is checked below is what preference_loss calls the same.
     tensors = errors if neg_log_dispersion is None else errors | {"neg_log_dispersion": neg_log_dispersion}
     for name, tensor in tensors.items():
-        _check_tensor(name, tensor, (torch.float32, torch.float64))
-    _check_alike(**tensors)
+        check_tensor(name, tensor, (torch.float32, torch.float64))
+    check_alike(**tensors)
     check_positive("beta", beta)
     return preference_loss(
         *(-tensor for tensor in errors.values()),
@@ -400,35 +397,3 @@ def diffusion_preference_loss(
         beta=beta / 2,
         **choices,
     )
-
-
-def _check_tensor(name, tensor, dtypes):
-    if not torch.is_tensor(tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(str(d)[6:] for d in dtypes)}, got {str(tensor.dtype)[6:]}")
-    if tensor.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{name} is on {tensor.device}; mallowspo has kernels for cpu and cuda: move it there")
-    if tensor.device.type == "cuda" and not HAS_CUDA_KERNELS:
-        raise ValueError(
-            f"{name} is on {tensor.device} but mallowspo was built without CUDA kernels ({_C.build['cuda']}); "
-            "rebuild with nvcc on PATH and MALLOWSPO_CUDA=1"
-        )
-
-
-def _check_same_device(**tensors):
-    if len({tensor.device for tensor in tensors.values()}) > 1:
-        raise ValueError("move to one device: " + ", ".join(f"{n} is on {t.device}" for n, t in tensors.items()))
-
-
-def _check_same_dtype(**tensors):
-    if len({tensor.dtype for tensor in tensors.values()}) > 1:
-        raise TypeError("cast to one dtype: " + ", ".join(f"{n} is {str(t.dtype)[6:]}" for n, t in tensors.items()))
-
-
-def _check_alike(**tensors):
-    first, *others = (tensor.shape for tensor in tensors.values())
-    if any(shape != first for shape in others):  # a set would need their hashes and fix torch.compile's symbolic sizes
-        raise ValueError("shapes must agree: " + ", ".join(f"{n} is {list(t.shape)}" for n, t in tensors.items()))
-    _check_same_dtype(**tensors)
-    _check_same_device(**tensors)

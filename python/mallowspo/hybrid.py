@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from mallowspo import functional as F
 from mallowspo.advantage import MAX_EXPONENT, advantage_weights, expectile_loss
+from mallowspo.checks import check_alike
 from mallowspo.metrics import Means
 from mallowspo.trainer import MallowsTrainer
 
@@ -42,7 +42,7 @@ def hybrid_loss(losses, logps, rewards, values, *, kappa, temperature, max_expon
     Raises:
         TypeError: dtypes that disagree. ValueError: shapes that disagree, a number out of its range.
     """
-    F._check_alike(logps=logps, rewards=rewards, values=values)
+    check_alike(logps=logps, rewards=rewards, values=values)
     if logps.dim() != 1 or len(logps) != 2 * len(losses):
         raise ValueError(f"logps must be [2B] beside losses [B], got {list(logps.shape)} and {list(losses.shape)}")
     if not 0 <= kappa < float("inf"):
