@@ -31,7 +31,7 @@ RUNS = {
     "one pair": {"eval_rows": 1, "rows": 1},
     "tokens": {"eval_rows": 3, "rows": 21, "loss_type": "mallows-theta+sampo+bmc"},
 }
-SHARDED_RUNS = ("cached", "adapter", "copy")
+SHARDED_RUNS = ("cached", "adapter", "copy", "tokens")
 HALF = {"half": {"eval_rows": 5, "rows": 24, "loss_type": "dpo"}}  # layers in bfloat16
 GLOBAL_BATCH = 8
 STEPS = 3
