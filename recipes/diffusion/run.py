@@ -35,6 +35,7 @@ import report
 
 import mallowspo
 from mallowspo import functional as F
+from mallowspo.choices import PAIR_CHOICES, operator_settings
 from mallowspo.dispersion import agreement_to_neg_log_dispersion, calibrated_scale
 from mallowspo.files import write_whole
 from options import parse_options
@@ -91,8 +92,7 @@ def check_arguments(arguments):
     if arguments.batch_size > arguments.train_pairs:
         raise ValueError(f"batch_size {arguments.batch_size} is more than train_pairs {arguments.train_pairs}")
     for link in arguments.links:
-        F.check_link(link)
-    F.check_objective_numbers(arguments.beta, gamma=0.0, label_smoothing=0.0, smoothing=1.0)
+        operator_settings(**PAIR_CHOICES | {"link": link, "beta": arguments.beta})
     pictures.check_agreement(arguments.agreement)
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from load_recipe import RECIPES, import_recipe
 
 from mallowspo import functional as F
+from mallowspo.reference import TORCH_LINKS
 
 run, report, model, pictures = import_recipe("diffusion", "run", "report", "model", "pictures")
 AGREEMENT = [0.95, 0.85, 0.65, 0.55]
@@ -88,7 +89,7 @@ def test_the_first_step_costs_log_two_and_a_pair_shares_its_noise(monkeypatch):
     asked = []
     add_noise = scheduler.add_noise
     monkeypatch.setattr(scheduler, "add_noise", lambda *given: asked.append(given) or add_noise(*given))
-    for link in F.LINKS:
+    for link in TORCH_LINKS:
         asked.clear()
         dispersion = torch.full((12,), 0.7) if link in F.MALLOWS_LINKS else None
         reference = model.make_model([8], seed=0)[0]
