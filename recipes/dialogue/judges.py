@@ -1,7 +1,7 @@
-"""Who says which of two replies is better: a sentence-embedding model, a reward model, or a language model behind a URL.
+"""Which of two replies is better, says a sentence-embedding model, a reward model or a chat model behind a URL.
 
-Every judge has ``identity`` (what a kept verdict depends on) and two methods on lists of equal length, where a prompt is
-a text or a list of messages and ``humans`` holds the human's reply to each:
+Every judge has ``identity`` (what a kept verdict depends on) and two methods on lists of equal length, where a prompt
+is a text or a list of messages and ``humans`` holds the human's reply to each:
 
 - ``scores(prompts, humans, replies)``: [n] finite floats, larger is better; each reply judged against the human's.
 - ``preferences(prompts, humans, first, second)``: [n] of 1 (the first reply is better), 1/2 (a tie) and 0.
@@ -134,13 +134,10 @@ class RewardJudge(_ScoringJudge):
         if self._tokenizer.chat_template is None:  # such models were trained on text pairs
             texts = [[plain_text(prompt) for prompt, _ in rows], [reply for _, reply in rows]]
         else:
-            chats = [
-                [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-                for prompt, _ in rows
-            ]
-            chats = [
-                [*chat, {"role": "assistant", "content": reply}] for chat, (_, reply) in zip(chats, rows, strict=True)
-            ]
+            chats = []
+            for prompt, reply in rows:
+                asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+                chats.append([*asked, {"role": "assistant", "content": reply}])
             texts = [self._tokenizer.apply_chat_template(chats, tokenize=False)]
         batch = self._tokenizer(
             *texts,
@@ -200,8 +197,8 @@ class EndpointJudge:
             raise ConnectionError(f"the judge at {self._url} refuses ({error}): {said}") from error
         except (urllib.error.URLError, TimeoutError) as error:
             raise ConnectionError(
-                f"the judge at {self._url} is not reachable ({error}); start it or give another --judge, then run again: "
-                "finished stages are kept"
+                f"the judge at {self._url} is not reachable ({error}); start it or give another --judge, then run "
+                "again: finished stages are kept"
             ) from error
         try:
             text = json.loads(answer)["choices"][0]["message"]["content"]

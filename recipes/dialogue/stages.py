@@ -1,4 +1,4 @@
-"""Results of the stages of a long run, kept on disk: a second run with the same inputs goes on where the first ended."""
+"""Results of the stages of a long run, kept on disk: a second run goes on where the first one ended."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The report of win_rates.py: win rates with their uncertainty and with length taken out, tables, a JSON file, plots."""
+"""The report of win_rates.py: win rates with their uncertainty and length taken out, tables, JSON, plots."""
 
 import io
 import json
@@ -21,8 +21,8 @@ PRIOR_SD = 3.0  # of the coefficients of the length control: keeps them finite w
 def crossed_weights(seeds, prompts, seed=0):
     """Bootstrap weights of a seeds x prompts table: rows and columns are drawn independently (pigeonhole bootstrap).
 
-    Seeds that share prompts, and prompts that share a trained model, are not independent; drawing both with replacement
-    counts either, and errs on the cautious side (Owen 2007, arXiv 0712.1111).
+    Comparisons that share a prompt or a trained model are not independent; drawing both with replacement counts either
+    and errs on the cautious side (Owen, The pigeonhole bootstrap, 2007).
 
     Returns:
         [RESAMPLES, seeds, prompts] float64, each draw with sum 1.
@@ -69,8 +69,8 @@ def summarise(wins, differences):
         wins: [seeds, prompts, temperatures] of 1, 1/2, 0. differences: the same shape, tokens, first less second.
 
     Returns:
-        dict: ``win_rate`` and ``length_controlled``, each with ``_low`` and ``_high`` (95%, over prompts and seeds; None
-        for fewer than three prompts), ``ties``, ``length_difference`` (mean), ``length_correlation`` (of win and
+        dict: ``win_rate`` and ``length_controlled``, each with ``_low`` and ``_high`` (95%, over prompts and seeds;
+        None for fewer than three prompts), ``ties``, ``length_difference`` (mean), ``length_correlation`` (of win and
         difference; None where either is constant), ``comparisons``.
     """
     seeds, prompts, temperatures = wins.shape
@@ -95,9 +95,9 @@ def summarise(wins, differences):
 
 
 def by_length(wins, differences, bins=6):
-    """Win rate by length difference: rows of ``difference`` (mean tokens), ``win_rate``, ``comparisons`` of equal parts.
+    """Win rate by length difference: rows of ``difference`` (mean tokens), ``win_rate``, ``comparisons``.
 
-    Equal differences stay together.
+    The parts are of about equal size; equal differences stay together.
     """
     won, lengths = wins.ravel(), differences.ravel()
     edges = np.unique(np.quantile(lengths, np.linspace(0, 1, bins + 1)[1:-1]))
@@ -191,7 +191,7 @@ def evaluate(rows, temperatures, said, scores, verdicts):
 
 
 def write_report(output_dir, results):
-    """Writes results.json, results.md, win_rates.png and length_bias.png, each whole; returns the text of results.md."""
+    """Writes results.json, results.md, win_rates.png, length_bias.png, each whole; returns the text of results.md."""
     output_dir, text = Path(output_dir), table(results)
     write_whole(output_dir / "results.json", json.dumps(results, indent=2, allow_nan=False).encode())
     write_whole(output_dir / "results.md", text.encode())
@@ -221,8 +221,8 @@ def table(results):
         f"{pairs['chosen_longer']:.0%}, the shorter one in {pairs['rejected_longer']:.0%}; mean tokens "
         f"{pairs['chosen_tokens']:.1f} and {pairs['rejected_tokens']:.1f}.",
         "",
-        "Win rates (ties count half), 95% intervals over prompts and training seeds, both resampled. Length-controlled: "
-        "a logistic regression on the length difference, read at 0.",
+        "Win rates (ties count half), 95% intervals over prompts and training seeds, both resampled. "
+        "Length-controlled: a logistic regression on the length difference, read at 0.",
         "",
     ]
     columns = ("", "where", "temperature", "win rate", "length-controlled", "ties", "more tokens", "comparisons")

@@ -3,10 +3,10 @@
     python recipes/dialogue/win_rates.py                                          # win_rates.yaml, two cores, no hub
     python recipes/dialogue/win_rates.py --judge http://localhost:8000/v1 --judge_model NAME
 
-The model's own replies to training prompts are ranked by a judge against the human's reply; the best and the worst of a
-prompt are a pair. Every method is trained on the same pairs under several seeds, and its replies to held-out prompts
-are compared with those of the SFT model (the model as it was) and of DPO. Every option can stand in the YAML file or on
-the command line, which wins. Results of finished stages are kept in output_dir and used again.
+The model's own replies to training prompts are ranked by a judge against the human's reply; the best and the worst to
+a prompt are a pair. Every method is trained on the same pairs under several seeds, and its replies to held-out prompts
+are compared with those of the SFT model (the model as it was) and of DPO. Every option can stand in the YAML file or
+on the command line, which wins. Finished stages are kept in output_dir and used again.
 Writes results.json, results.md, win_rates.png and length_bias.png into output_dir.
 """
 
@@ -25,16 +25,16 @@ from safetensors import SafetensorError
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what the recipes share
 import sources
 import win_rate_report
+from judges import EMBEDDING_PACKAGE, load_judge
+from sampling import sample_replies
+from stages import Stages, digest
 
 import mallowspo
 import models
-from judges import EMBEDDING_PACKAGE, load_judge
 from mallowspo import MallowsConfig, MallowsTrainer, presets
 from mallowspo.dispersion import fingerprint
 from mallowspo.modeling import load_model
 from options import parse_options
-from sampling import sample_replies
-from stages import Stages, digest
 
 IN, OUT = "prompts held out", "topics held out"
 # Arguments of the trainer that change no weight.
@@ -89,16 +89,15 @@ class WinRateArguments:
 
     def __post_init__(self):
         self.temperatures = [float(temperature) for temperature in self.temperatures]  # text, from the file
-        for name in (
-            *("train_prompts", "eval_prompts", "max_new_tokens", "sample_batch_size", "num_seeds", "lora_rank"),
-            *("temperatures", "methods"),
-        ):
-            if not getattr(self, name) or (isinstance(getattr(self, name), int) and getattr(self, name) < 1):
-                raise ValueError(f"{name} must be at least 1 or name at least one, got {getattr(self, name)}")
+        for name in ("train_prompts", "eval_prompts", "max_new_tokens", "sample_batch_size", "num_seeds", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if min(self.temperatures, default=-1) < 0:
+            raise ValueError(f"temperatures must be one or more numbers of at least 0, got {self.temperatures}")
         if self.replies_per_prompt < 2:
             raise ValueError(f"a best and a worst reply need replies_per_prompt >= 2, got {self.replies_per_prompt}")
-        if unknown := set(self.methods) - set(presets()):
-            raise ValueError(f"unknown methods {sorted(unknown)}; choose from {', '.join(presets())}")
+        if not self.methods or set(self.methods) - set(presets()):
+            raise ValueError(f"methods must be some of {', '.join(presets())}, got {self.methods}")
 
 
 def parse_arguments(arguments=None):
@@ -113,8 +112,8 @@ def load_prompts(arguments, seed):
     """The prompts with a human's reply each.
 
     Returns:
-        {"train": rows, "prompts held out": rows, "topics held out": rows, if there are such topics}; a row is a dict of
-        ``prompt`` (text or messages), ``human`` (text), ``topic``. Topics take turns.
+        (sides, notes): {"train": rows, "prompts held out": rows} and, if there are such topics, "topics held out"; a
+        row is a dict of ``prompt`` (text or messages), ``human`` (text) and ``topic``. Topics take turns.
 
     Raises:
         ValueError: a topic that the data lacks, an implicit prompt, a side without prompts.
@@ -165,13 +164,8 @@ def best_and_worst(prompts, replies, scores):
     """
     rows, dropped = [], Counter()
     for prompt, said, judged in zip(prompts, replies, scores, strict=True):
-        ranked = sorted(
-            (
-                (score, reply["text"], reply["tokens"])
-                for score, reply in zip(judged, said, strict=True)
-                if reply["finished"]
-            )
-        )
+        ended = [(score, reply) for score, reply in zip(judged, said, strict=True) if reply["finished"]]
+        ranked = sorted((score, reply["text"], reply["tokens"]) for score, reply in ended)
         if len(ranked) < 2:
             dropped["fewer than two replies came to an end"] += 1
         elif ranked[0][0] == ranked[-1][0]:
