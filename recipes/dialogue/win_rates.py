@@ -244,7 +244,7 @@ class Experiment:
 
     def adapter(self, method, seed, pairs):
         """The folder of a trained adapter, with training.json: the last log of training."""
-        settings = copy.copy(self.training)  # as they are: checked when they were read, for their own loss_type
+        settings = copy.copy(self.training)  # dataclasses.replace would refuse a dispersion_scale beside dpo
         settings.loss_type, settings.seed = method, seed
         settings.reference_cache_dir = str(Path(self.training.output_dir) / "stages" / "reference")
         matter = {k: v for k, v in settings.to_sanitized_dict().items() if k not in _NO_MATTER}
@@ -275,9 +275,11 @@ class Experiment:
         """[temperature][prompts] the judge's scores of replies against the human's."""
         prompts, humans = [row["prompt"] for row in rows], [row["human"] for row in rows]
         texts = [[reply["text"] for reply in replies] for replies in said]
-        inputs = [self.judge.identity, prompts, humans, texts]
-        score = lambda: [self.judge.scores(prompts, humans, replies) for replies in texts]  # noqa: E731
-        return self.stages.value(f"{name}-scores", inputs, score)
+
+        def judge():
+            return [self.judge.scores(prompts, humans, replies) for replies in texts]
+
+        return self.stages.value(f"{name}-scores", [self.judge.identity, prompts, humans, texts], judge)
 
     def verdicts(self, name, rows, first, second):
         """[temperature][prompts] of 1, 1/2, 0: is the first's reply better?"""
