@@ -88,7 +88,6 @@ class WinRateArguments:
     lora_rank: int = field(default=16, metadata={"help": "Train LoRA adapters of this rank."})
 
     def __post_init__(self):
-        self.temperatures = [float(temperature) for temperature in self.temperatures]  # text, from the file
         for name in ("train_prompts", "eval_prompts", "max_new_tokens", "sample_batch_size", "num_seeds", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

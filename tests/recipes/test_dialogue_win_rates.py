@@ -360,7 +360,7 @@ def test_prompts_that_cannot_be_had_are_named(tmp_path):
         ({"replies_per_prompt": 1}, "replies_per_prompt >= 2"),
         ({"methods": ["dpo", "sigmoid"]}, "methods must be some of dpo, .*sigmoid"),
         ({"methods": []}, "methods must be some of"),
-        ({"temperatures": ["0.5", "-1"]}, r"at least 0, got \[0.5, -1.0\]"),
+        ({"temperatures": [0.5, -1.0]}, r"at least 0, got \[0.5, -1.0\]"),
         ({"temperatures": []}, "one or more"),
     ],
 )
