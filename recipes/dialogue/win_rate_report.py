@@ -267,7 +267,7 @@ def plot_win_rates(results):
     rows = [row for row in results["comparisons"] if row["temperature"] != ALL]
     colors, places = _colors(rows), list(dict.fromkeys(row["place"] for row in rows))
     temperatures = sorted({row["temperature"] for row in rows})
-    figure = Figure(figsize=(1.5 + 4.5 * len(places), 4.2), layout="constrained")
+    figure = Figure(figsize=(1.5 + 4.5 * len(places), 4.8), layout="constrained")
     for axes, place in zip(figure.subplots(1, len(places), sharey=True, squeeze=False)[0], places, strict=True):
         for i, ((first, second), color) in enumerate(colors.items()):
             part = [row for row in rows if (row["first"], row["second"], row["place"]) == (first, second, place)]
@@ -284,7 +284,7 @@ def plot_win_rates(results):
         axes.set(title=place, xlabel="sampling temperature", ylim=(0, 1))
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("win rate, 95% interval\n(hollow: length-controlled)")
-    figure.axes[0].legend(frameon=False, loc="lower left")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -292,7 +292,8 @@ def plot_length_bias(results):
     """Left: win rate by length difference; right: mean length of the replies by temperature."""
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (first, second), color in _colors(results["by_length"]).items():
+    colors = _colors(results["by_length"])
+    for (first, second), color in colors.items():
         part = [row for row in results["by_length"] if (row["first"], row["second"]) == (first, second)]
         points = [[row[name] for row in part] for name in ("difference", "win_rate")]
         left.plot(*points, color=color, marker="o", label=f"{first} against {second}")
@@ -300,14 +301,14 @@ def plot_length_bias(results):
     left.axvline(0, color=GREY, linewidth=0.8, linestyle=":")
     left.set(title="Does the judge like long replies?", xlabel="tokens more than the other reply", ylabel="win rate")
     left.set_ylim(0, 1)
-    for i, model in enumerate(dict.fromkeys(row["model"] for row in results["replies"])):
-        color = GREY if model == "sft" else COLORS[i - 1]
+    for model in dict.fromkeys(row["model"] for row in results["replies"]):
+        color = colors.get((model, "sft"), GREY)
         for place, style in zip(dict.fromkeys(row["place"] for row in results["replies"]), ("-", "--"), strict=False):
             part = [row for row in results["replies"] if (row["model"], row["place"]) == (model, place)]
             points = [[row[name] for row in part] for name in ("temperature", "tokens")]
             right.plot(*points, style, color=color, marker="o", label=f"{model}, {place}")
     right.set(title="Length of the replies", xlabel="sampling temperature", ylabel="mean tokens")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.1 * max(row["tokens"] for row in results["replies"]) + 1)
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
