@@ -66,8 +66,8 @@ class WinRateArguments:
     held_out_topics: list[str] = field(
         default_factory=list, metadata={"help": "Topics to leave out of training altogether."}
     )
-    train_prompts: int = field(default=64, metadata={"help": "Sample replies to this many training prompts."})
-    eval_prompts: int = field(default=24, metadata={"help": "Compare replies to this many prompts of each side."})
+    train_prompts: int = field(default=128, metadata={"help": "Sample replies to this many training prompts."})
+    eval_prompts: int = field(default=32, metadata={"help": "Compare replies to this many prompts of each side."})
     replies_per_prompt: int = field(default=4, metadata={"help": "Sampled for each training prompt."})
     pair_temperature: float = field(default=0.8, metadata={"help": "At which those are sampled."})
     temperatures: list[float] = field(
