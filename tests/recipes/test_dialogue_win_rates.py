@@ -434,7 +434,7 @@ def test_length_control_solves_its_equations(pairs):
         return value
 
     solver.step(loss)
-    assert rate == pytest.approx(float(coefficients[0].sigmoid()), abs=1e-5)
+    assert rate == pytest.approx(coefficients[0].sigmoid().item(), abs=1e-5)
     assert 0 < rate < 1
 
 
