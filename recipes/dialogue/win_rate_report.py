@@ -13,6 +13,11 @@ from mallowspo.files import write_whole
 
 RESAMPLES = 1000
 ALL = "all"  # temperatures together
+CAPTIONS = {
+    "win_rates": "Win rates with 95% intervals over prompts and training seeds; hollow: at equal lengths.",
+    "length_bias": "Left: win rate by how many tokens a reply has more than the other, all temperatures and places "
+    "together. Right: mean length of the replies; dashed: topics held out of training.",
+}
 PRIOR_SD = 3.0  # of the coefficients of the length control: keeps them finite where one side wins everything
 
 # ---- statistics ----------------------------------------------------------------------------------------------------
@@ -250,7 +255,14 @@ def table(results):
         )
         for row in results["replies"]
     ]
-    return "\n".join([*lines, *_lines(columns, rows), ""])
+    lines += [
+        *_lines(columns, rows),
+        "",
+        "## Plots",
+        "",
+        *(f"![{text}]({name}.png)\n" for name, text in CAPTIONS.items()),
+    ]
+    return "\n".join(lines)
 
 
 # ---- plots ---------------------------------------------------------------------------------------------------------
