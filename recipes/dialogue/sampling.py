@@ -19,7 +19,8 @@ def sample_replies(model, tokenizer, prompts, *, temperature, max_new_tokens, se
         seed: of the draws.
 
     Returns:
-        [n] dicts: ``text``, ``tokens`` (their number, the end not counted), ``finished`` (False: cut off).
+        [n] dicts: ``text`` (what follows a text prompt, with the space before it; of a message its content),
+        ``tokens`` (their number, the end not counted), ``finished`` (False: cut off).
 
     Raises:
         ValueError: a temperature below 0.
@@ -52,9 +53,17 @@ def sample_replies(model, tokenizer, prompts, *, temperature, max_new_tokens, se
                 pad_token_id=tokenizer.pad_token_id,
                 **({"do_sample": False} | draw),
             )[:, batch["input_ids"].shape[1] :]
-            for row, ids in zip(rows, found.tolist(), strict=True):
+            pads = (~batch["attention_mask"].bool()).sum(1).tolist()
+            starts = [ids[pad:] for ids, pad in zip(batch["input_ids"].tolist(), pads, strict=True)]
+            for row, start_ids, ids in zip(rows, starts, found.tolist(), strict=True):
                 finished = tokenizer.eos_token_id in ids
                 ids = ids[: ids.index(tokenizer.eos_token_id)] if finished else ids
-                text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                if plain:  # the space between the two belongs to the reply
+                    before, after = (
+                        tokenizer.decode(start_ids + more, skip_special_tokens=True) for more in ([], ids)
+                    )
+                    text = after[len(before) :].rstrip()
+                else:
+                    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
                 replies[row] = {"text": text, "tokens": len(ids), "finished": finished}
     return replies
