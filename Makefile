@@ -1,8 +1,7 @@
 # make demo         set everything up and fine-tune a real language model on human-written dialogue
-# make dialogue     set everything up and compare the replies of DPO and MallowsPO (outputs/dialogue-win-rates/report.html)
-# make bandit       set everything up and compare the losses where the truth is known (outputs/bandit/report.html)
-# make diffusion    set everything up and tune a small diffusion model on known preferences (outputs/diffusion/report.html)
 # make test         set everything up and run the tests
+# make recipes      set everything up and run the four experiments below that the README's evidence is from
+#   bandit, control, dialogue, dispersion, and besides them diffusion, rounds: each ends with a page, outputs/.../report.html
 # make benchmark    set everything up, with the competitors, and measure (into benchmarks/results)
 #                   SELECT="-k bfloat16", say, measures a part of it (into outputs/benchmark)
 # make benchmark-step   the same for a whole training step beside TRL's; SELECT="--select LoRA", say, a part of it
@@ -14,8 +13,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
 
-.PHONY: setup demo bandit diffusion test benchmark benchmark-step lint format clean
-.PHONY: setup demo dialogue bandit test benchmark benchmark-step lint format clean
+EXPERIMENTS := bandit control dialogue dispersion diffusion rounds
+
+.PHONY: setup demo test recipes $(EXPERIMENTS) benchmark benchmark-step lint format clean
 setup: $(VENV)/installed
 
 $(VENV)/python:
@@ -37,17 +37,17 @@ $(VENV)/installed: $(VENV)/packages pyproject.toml $(NATIVE)
 demo: setup
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/dialogue/run.py --config recipes/dialogue/demo.yaml
 
-dialogue: setup
-	$(BIN)/python recipes/dialogue/win_rates.py
-	$(BIN)/python -m mallowspo.report outputs/dialogue-win-rates
+bandit: RUN := bandit/run.py --output_dir outputs/bandit
+control: RUN := controllable_generation/run.py --output_dir outputs/controllable-generation
+dialogue: RUN := dialogue/win_rates.py --output_dir outputs/dialogue-win-rates
+dispersion: RUN := dispersion/run.py --output_dir outputs/dispersion
+diffusion: RUN := diffusion/run.py --output_dir outputs/diffusion
+rounds: RUN := rounds/run.py --output_dir outputs/rounds
+$(EXPERIMENTS): setup
+	$(BIN)/python recipes/$(RUN)
+	$(BIN)/python -m mallowspo.report $(lastword $(RUN))
 
-bandit: setup
-	$(BIN)/python recipes/bandit/run.py
-	$(BIN)/python -m mallowspo.report outputs/bandit
-
-diffusion: setup
-	$(BIN)/python recipes/diffusion/run.py
-	$(BIN)/python -m mallowspo.report outputs/diffusion
+recipes: bandit control dialogue dispersion
 
 test: setup
 	$(BIN)/python -m pytest
