@@ -19,9 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, disable_progress_bars, load_dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what the recipes share
@@ -34,11 +34,12 @@ import mallowspo
 import models
 import reviews
 from mallowspo import MallowsConfig, MallowsTrainer, preset, presets
-from mallowspo.modeling import add_adapter, attach_token_stats
+from mallowspo.modeling import add_adapter, attach_token_stats, unprepared
 from options import parse_options
 
 MOVIE, *OTHERS = reviews.DOMAINS
 REFERENCE = "reference"
+SFT_BATCH_SIZE = 8
 
 
 @dataclass
@@ -162,9 +163,8 @@ def tuned_reference(recipe, training, texts, folder):
     name = models.model_folder(recipe.model)
     if not texts:
         return name
-    batch_size = training.per_device_train_batch_size * 2  # a pair is two sequences
     limit = training.max_length
-    inputs = [digest(name), texts, recipe.sft_learning_rate, recipe.lora_rank, batch_size, limit, training.seed]
+    inputs = [digest(name), texts, recipe.sft_learning_rate, recipe.lora_rank, SFT_BATCH_SIZE, limit, training.seed]
     target = Path(folder) / f"reference-{hashed(json.dumps(inputs).encode())}"
     if target.exists():
         return str(target)
@@ -173,7 +173,9 @@ def tuned_reference(recipe, training, texts, folder):
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(training.device)
     if recipe.lora_rank:
         model = add_adapter(model, adapter(recipe.lora_rank))
-    before, after = sampling.tune(model, tokenizer, texts, recipe.sft_learning_rate, batch_size, limit, training.seed)
+    before, after = sampling.tune(
+        model, tokenizer, texts, recipe.sft_learning_rate, SFT_BATCH_SIZE, limit, training.seed
+    )
     print(f"reference: {before:.2f} nats a token at the beginning of its tuning, {after:.2f} at the end")
     Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -182,6 +184,21 @@ def tuned_reference(recipe, training, texts, folder):
         tokenizer.save_pretrained(written)
         os.replace(written, target)
     return str(target)
+
+
+def training_of(training, method, beta, seed, folder):
+    """The MallowsConfig of one training; the pass of the reference is shared by all."""
+    objective = preset(method)
+    reads = objective.uses_dispersion or not objective.reference_free
+    return replace(
+        training,
+        loss_type=method,
+        beta=beta,
+        seed=seed,
+        precompute_ref_log_probs=training.precompute_ref_log_probs and reads,
+        reference_cache_dir=training.reference_cache_dir or str(folder / "reference_cache"),
+        disable_tqdm=True,
+    )
 
 
 def train(reference, tokenizer, rows, training, rank):
@@ -193,10 +210,11 @@ def train(reference, tokenizer, rows, training, rank):
         processing_class=tokenizer,
         peft_config=adapter(rank),
     )
+    trainer.remove_callback(PrinterCallback)
     checkpoints = Path(training.output_dir).glob("checkpoint-*")
     trainer.train(resume_from_checkpoint=True if any(checkpoints) else None)
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    return trainer.model, logs[-1] if logs else {}
+    return unprepared(trainer.model), logs[-1] if logs else {}
 
 
 def evaluate(model, reference, tokenizer, reward, recipe, held_out, seed):
@@ -205,16 +223,21 @@ def evaluate(model, reference, tokenizer, reward, recipe, held_out, seed):
     Returns:
         {domain: {"rewards", "log_ratios" (log pi - log ref of the tokens drawn, summed), "tokens", "texts"}}
     """
-    found = {}
-    for domain, prefixes in held_out.items():
-        drawn = sampling.sample(model, tokenizer, prefixes, recipe.eval_samples, recipe.max_new_tokens, seed)
-        ref_logps = sampling.log_probs(reference, tokenizer, prefixes, drawn, 2 * recipe.sample_batch_size)
-        pairs = [list(zip(group, logps, strict=True)) for group, logps in zip(drawn, ref_logps, strict=True)]
+    prefixes = [prefix for group in held_out.values() for prefix in group]
+    drawn = sampling.sample(model, tokenizer, prefixes, recipe.eval_samples, recipe.max_new_tokens, seed)
+    ref_logps = sampling.log_probs(reference, tokenizer, prefixes, drawn, 2 * recipe.sample_batch_size)
+    rewards = preferences.score(reward, prefixes, drawn)
+    found, start = {}, 0
+    for domain, group in held_out.items():
+        rows = slice(start, start := start + len(group))
         found[domain] = {
-            "rewards": preferences.score(reward, prefixes, drawn),
-            "log_ratios": [[c["logp"] - logp for c, logp in group] for group in pairs],
-            "tokens": [[len(c["ids"]) for c in group] for group in drawn],
-            "texts": [[c["text"] for c in group] for group in drawn],
+            "rewards": rewards[rows],
+            "log_ratios": [
+                [c["logp"] - logp for c, logp in zip(*pair, strict=True)]
+                for pair in zip(drawn[rows], ref_logps[rows], strict=True)
+            ],
+            "tokens": [[len(c["ids"]) for c in completions] for completions in drawn[rows]],
+            "texts": [[c["text"] for c in completions] for completions in drawn[rows]],
         }
     return found
 
@@ -224,7 +247,10 @@ def evaluate(model, reference, tokenizer, reward, recipe, held_out, seed):
 
 def main(arguments=None):
     recipe, training, grid = parse_arguments(arguments)
-    logging.set_verbosity_error()  # one bar over all trainings instead of a log of each
+    # One bar over all trainings instead of a log of each.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
     if training.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count())
     folder = Path(training.output_dir) / "stages"
@@ -275,26 +301,17 @@ def main(arguments=None):
     jobs = [(training.seed + i, *run) for i in range(recipe.seeds) for run in [(REFERENCE, None), *grid]]
     for seed, method, beta in (bar := tqdm(jobs, desc="train and evaluate")):
         bar.set_postfix_str(f"{method} {beta or ''} seed {seed}")
-        inputs = {"method": method, **drawing, "seed": seed}
+        inputs, settings = {"method": method, **drawing, "seed": seed}, None
         if method != REFERENCE:
-            objective = preset(method)
-            reads = objective.uses_dispersion or not objective.reference_free
-            settings = replace(
-                training,
-                loss_type=method,
-                beta=beta,
-                seed=seed,
-                output_dir=str(folder / f"{method}-{beta}-{seed}"),
-                precompute_ref_log_probs=training.precompute_ref_log_probs and reads,
-                reference_cache_dir=training.reference_cache_dir or str(folder / "reference_cache"),
-                disable_tqdm=True,
-            )
+            settings = training_of(training, method, beta, seed, folder)
             inputs |= {"training": training_facts(settings), "rank": recipe.lora_rank, "pairs": rows}
+            place = f"{method}-{beta}-{seed}-{hashed(json.dumps(inputs, sort_keys=True).encode())}"
+            settings = replace(settings, output_dir=str(folder / place))
 
-        def job(method=method, seed=seed, settings=None if method == REFERENCE else settings):
-            model, log = reference, {}
-            if method != REFERENCE:
-                model, log = train(name, tokenizer, rows, settings, recipe.lora_rank)
+        def job(seed=seed, settings=settings):
+            model, log = (
+                (reference, {}) if settings is None else train(name, tokenizer, rows, settings, recipe.lora_rank)
+            )
             found = evaluate(model, reference, tokenizer, reward, recipe, split["held out"], seed)
             return {"domains": found, "log": log}
 
