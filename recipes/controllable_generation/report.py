@@ -95,8 +95,8 @@ def summarise(runs):
             every method and beta.
 
     Returns:
-        (points, comparisons). A point has ``domain``, ``method``, ``beta``, five intervals and ``seeds``, the means of
-        reward and KL of each. A comparison of a plug-in with its host has ``domain``, ``method``, ``host`` and either
+        (points, comparisons). A point has ``domain``, ``method``, ``beta``, six intervals (``gain``: reward above that
+        of the reference on the same prefixes) and ``seeds``, the means of reward and KL of each. A comparison of a plug-in with its host has ``domain``, ``method``, ``host`` and either
         ``beta`` with the differences in reward and KL, or ``at_kl`` with the difference in reward on the two frontiers
         there: straight lines from the reference at KL 0 from point to point.
     """
@@ -109,6 +109,7 @@ def summarise(runs):
         resampling = Resampling.draw(*found[keys[0]]["reward"].shape)
         for (method, beta), values in found.items():
             intervals = {name: resampling.interval(value) for name, value in values.items()}
+            intervals["gain"] = resampling.interval(values["reward"] - found[REFERENCE, None]["reward"])
             by_seed = {name: values[name].mean(1).tolist() for name in ("reward", "kl")}
             points.append({"domain": group, "method": method, "beta": beta, **intervals, "seeds": by_seed})
         for method, beta in keys:
@@ -205,12 +206,13 @@ def _tables(points, comparisons, pairs, seeds):
     for domain in dict.fromkeys(point["domain"] for point in points):
         lines += [
             f"\n## {domain}\n",
-            "| method | beta | reward | KL | distinct-1 | distinct-2 | tokens |",
-            "|---|---|---|---|---|---|---|",
+            "| method | beta | reward | gain over the reference | KL | distinct-1 | distinct-2 | tokens |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for p in points:
             if p["domain"] == domain:
-                cells = [_cell(p[name], places) for name, places in (("reward", 3), ("kl", 2), ("distinct-1", 2))]
+                gain = "" if p["method"] == REFERENCE else _cell(p["gain"], 3, "+")
+                cells = [_cell(p["reward"], 3), gain, _cell(p["kl"], 2), _cell(p["distinct-1"], 2)]
                 beta = "" if p["beta"] is None else f"{p['beta']:g}"
                 lines.append(
                     f"| {p['method']} | {beta} | {' | '.join(cells)} | {p['distinct-2']['mean']:.2f} | "

