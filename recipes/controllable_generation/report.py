@@ -96,9 +96,10 @@ def summarise(runs):
 
     Returns:
         (points, comparisons). A point has ``domain``, ``method``, ``beta``, six intervals (``gain``: reward above that
-        of the reference on the same prefixes) and ``seeds``, the means of reward and KL of each. A comparison of a plug-in with its host has ``domain``, ``method``, ``host`` and either
-        ``beta`` with the differences in reward and KL, or ``at_kl`` with the difference in reward on the two frontiers
-        there: straight lines from the reference at KL 0 from point to point.
+        of the reference on the same prefixes) and ``seeds``, the means of reward and KL of each. A comparison of a
+        plug-in with its host has ``domain``, ``method``, ``host`` and either ``beta`` with the differences in reward
+        and KL, or ``at_kl`` with the difference in reward on the two frontiers there, at the largest KL that both
+        reach: a frontier is straight lines from the reference at KL 0 from point to point.
     """
     names = list(runs[0]["domains"])
     groups = {name: [name] for name in names} | ({OUT: names[1:]} if len(names) > 2 else {})
@@ -158,6 +159,15 @@ def describe_pairs(rows, dropped, prefixes, completions, rewards):
     }
 
 
+def describe(pairs):
+    """The same as a sentence."""
+    left_out = ", ".join(f"{number} {reason}" for reason, number in pairs["left_out"].items() if number)
+    return (
+        f"{pairs['pairs']} pairs from {pairs['completions']} completions of {pairs['prefixes']} prefixes (mean reward "
+        f"{pairs['mean_reward']:+.3f}, mean gap of a pair {pairs['mean_gap']:.2f}); left out: {left_out or 'nothing'}."
+    )
+
+
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
@@ -196,11 +206,9 @@ def examples(runs):
 
 
 def _tables(points, comparisons, pairs, seeds):
-    left_out = ", ".join(f"{number} {reason}" for reason, number in pairs["left_out"].items() if number) or "nothing"
     lines = [
         f"# Controllable generation: reward against KL, {seeds} seeds\n",
-        f"{pairs['pairs']} pairs from {pairs['completions']} completions of {pairs['prefixes']} prefixes (mean reward "
-        f"{pairs['mean_reward']:+.3f}, mean gap of a pair {pairs['mean_gap']:.2f}); left out: {left_out}.\n",
+        describe(pairs) + "\n",
         NOTE,
     ]
     for domain in dict.fromkeys(point["domain"] for point in points):

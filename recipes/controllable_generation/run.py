@@ -253,14 +253,33 @@ def evaluate(model, reference, tokenizer, reward, recipe, held_out, seed):
 # ---- the whole -----------------------------------------------------------------------------------------------------
 
 
+def collect_pairs(recipe, prefixes, reference, identity, tokenizer, reward, seed, folder):
+    """The stages sample, score and pair: (rows to train on, what they say of themselves)."""
+    completions = cached_chunks(
+        folder,
+        "sample",
+        {"model": identity, "samples": recipe.samples, "tokens": recipe.max_new_tokens, "seed": seed},
+        prefixes,
+        recipe.sample_batch_size,
+        lambda chunk, start: sampling.sample(
+            reference, tokenizer, chunk, recipe.samples, recipe.max_new_tokens, seed + start
+        ),
+    )
+    rewards = cached_chunks(
+        folder,
+        "score",
+        {"reward": [recipe.reward, recipe.reward_label]},
+        list(zip(prefixes, completions, strict=True)),
+        recipe.sample_batch_size,
+        lambda chunk, start: preferences.score(reward, *zip(*chunk, strict=True)),
+    )
+    found = [prefixes, completions, rewards, tokenizer.eos_token, recipe.min_gap]
+    rows, dropped = cached(folder, "pair", found, lambda: preferences.make_pairs(*found))
+    return rows, report.describe_pairs(rows, dropped, prefixes, completions, rewards)
+
+
 def main(arguments=None):
     recipe, training, grid = parse_arguments(arguments)
-    # One bar over all trainings instead of a log of each.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    disable_progress_bars()
-    if training.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(os.cpu_count())
     folder = Path(training.output_dir) / "stages"
     reward = preferences.load_reward(recipe.reward, recipe.reward_label, training.device)
     sizes = [recipe.dataset, recipe.prefix_words, recipe.train_prefixes, recipe.eval_prefixes, recipe.sft_texts]
@@ -271,43 +290,17 @@ def main(arguments=None):
     tokenizer = load_tokenizer(name)
     reference = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(training.device).eval()
     attach_token_stats(reference)
+    rows, pairs = collect_pairs(recipe, split["train"], reference, identity, tokenizer, reward, training.seed, folder)
+    print(report.describe(pairs))
 
-    drawing = {"model": identity, "samples": recipe.samples, "tokens": recipe.max_new_tokens, "seed": training.seed}
-    completions = cached_chunks(
-        folder,
-        "sample",
-        drawing,
-        split["train"],
-        recipe.sample_batch_size,
-        lambda prefixes, start: sampling.sample(
-            reference, tokenizer, prefixes, recipe.samples, recipe.max_new_tokens, training.seed + start
-        ),
-    )
-    judge = [recipe.reward, recipe.reward_label]
-    rewards = cached_chunks(
-        folder,
-        "score",
-        {"reward": judge},
-        list(zip(split["train"], completions, strict=True)),
-        recipe.sample_batch_size,
-        lambda items, start: preferences.score(reward, *zip(*items, strict=True)),
-    )
-    rows, dropped = cached(
-        folder,
-        "pair",
-        [split["train"], completions, rewards, tokenizer.eos_token, recipe.min_gap],
-        lambda: preferences.make_pairs(split["train"], completions, rewards, tokenizer.eos_token, recipe.min_gap),
-    )
-    left_out = ", ".join(f"{number} {reason}" for reason, number in dropped.items()) or "nothing"
-    print(f"{len(rows)} pairs of {len(split['train'])} prefixes; left out: {left_out}")
-
-    drawing |= {"samples": recipe.eval_samples, "reward": judge, "held out": split["held out"]}
     runs = []
     # Seed by seed, so that an interrupted run has whole seeds.
     jobs = [(training.seed + i, *run) for i in range(recipe.seeds) for run in [(REFERENCE, None), *grid]]
     for seed, method, beta in (bar := tqdm(jobs, desc="train and evaluate")):
         bar.set_postfix_str(f"{method} {beta or ''} seed {seed}")
-        inputs, settings = {"method": method, **drawing, "seed": seed}, None
+        inputs, settings = {"method": method, "seed": seed, "model": identity, "held out": split["held out"]}, None
+        inputs |= {"samples": recipe.eval_samples, "tokens": recipe.max_new_tokens}
+        inputs |= {"reward": [recipe.reward, recipe.reward_label]}
         if method != REFERENCE:
             settings = training_of(training, method, beta, seed, folder)
             inputs |= {"training": training_facts(settings), "rank": recipe.lora_rank, "pairs": rows}
@@ -315,9 +308,9 @@ def main(arguments=None):
             settings = replace(settings, output_dir=str(folder / place))
 
         def job(seed=seed, settings=settings):
-            model, log = (
-                (reference, {}) if settings is None else train(name, tokenizer, rows, settings, recipe.lora_rank)
-            )
+            model, log = reference, {}
+            if settings is not None:
+                model, log = train(name, tokenizer, rows, settings, recipe.lora_rank)
             found = evaluate(model, reference, tokenizer, reward, recipe, split["held out"], seed)
             return {"domains": found, "log": log}
 
@@ -327,7 +320,6 @@ def main(arguments=None):
     packages = ["torch", "transformers", "datasets"] + ["peft"] * bool(recipe.lora_rank)
     versions = {"mallowspo": mallowspo.__version__, "python": platform.python_version()}
     versions |= {package: version(package) for package in packages}
-    pairs = report.describe_pairs(rows, dropped, split["train"], completions, rewards)
     print(report.write_report(training.output_dir, runs, pairs, settings, versions))
     print(f"written to {training.output_dir}")
 
@@ -340,4 +332,8 @@ def training_facts(settings):
 
 
 if __name__ == "__main__":
+    # One bar over all trainings instead of a log of each.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
     main()
