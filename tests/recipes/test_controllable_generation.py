@@ -413,6 +413,7 @@ def byte_model(tmp_path):
     backend.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(tmp_path / "model")
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=257, **shape)).save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
 
@@ -461,7 +462,7 @@ def test_a_run_that_was_interrupted_goes_on_and_a_repeated_one_trains_nothing(
     results = json.loads((out / "results.json").read_text())
     points = {(p["domain"], p["method"]): p for p in results["points"]}
     assert points["movie review", "reference"]["kl"]["mean"] == pytest.approx(0, abs=1e-4)
-    assert points["movie review", "dpo"]["kl"]["mean"] > 1e-3
+    assert min(map(abs, points["movie review", "dpo"]["seeds"]["kl"])) > 1e-3  # few samples: its sign is chance
     assert len(points["tweet", "mallows-simpo"]["seeds"]["kl"]) == 2
     assert results["pairs"]["pairs"] == 8
     monkeypatch.setattr(run, "train", lambda *args: never())
