@@ -29,6 +29,11 @@ NOTE = (
     "over drawn completions of log pi - log ref, summed over the tokens, in nats; unbiased, so a small one can come "
     "out negative. distinct-n: different n-grams of words over all of them in what one training writes for the domain."
 )
+CAPTIONS = {
+    "frontier": "Reward against KL to the reference by domain: a line a method, from the reference (star) from beta to "
+    "beta (labels); bars are 95% intervals, faint dots single seeds.",
+    "diversity": "distinct-1, the share of different words, against KL to the reference, in the same manner.",
+}
 
 
 class Resampling(NamedTuple):
@@ -187,7 +192,7 @@ def write_report(output_dir, runs, pairs, settings, versions):
     text = _tables(points, comparisons, pairs, len({run["seed"] for run in runs}))
     write_whole(output_dir / "results.json", json.dumps(results, indent=2, allow_nan=False).encode())
     write_whole(output_dir / "results.md", text.encode())
-    for name, figure in (("frontier", plot_frontier(points)), ("diversity", plot_diversity(points))):
+    for name, figure in zip(CAPTIONS, (plot_frontier(points), plot_diversity(points)), strict=True):
         data = io.BytesIO()
         figure.savefig(data, format="png", dpi=150)
         write_whole(output_dir / f"{name}.png", data.getvalue())
@@ -210,6 +215,7 @@ def _tables(points, comparisons, pairs, seeds):
         f"# Controllable generation: reward against KL, {seeds} seeds\n",
         describe(pairs) + "\n",
         NOTE,
+        *(f"\n![{caption}]({name}.png)" for name, caption in CAPTIONS.items()),
     ]
     for domain in dict.fromkeys(point["domain"] for point in points):
         lines += [

@@ -398,6 +398,7 @@ def test_report_is_written_and_its_json_parses(tmp_path, seeds):
     assert "mallows-theta - dpo" in text
     assert "2 ties" in text
     for name in ("frontier.png", "diversity.png"):
+        assert f"]({name})" in text
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
