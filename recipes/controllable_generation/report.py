@@ -30,8 +30,8 @@ NOTE = (
     "out negative. distinct-n: different n-grams of words over all of them in what one training writes for the domain."
 )
 CAPTIONS = {
-    "frontier": "Reward against KL to the reference by domain: a line a method, from the reference (star) from beta to "
-    "beta (labels); bars are 95% intervals, faint dots single seeds.",
+    "frontier": "Reward against KL to the reference by domain: a line a method, from the reference (star) through its "
+    "betas (labels); bars are 95% intervals, faint dots single seeds.",
     "diversity": "distinct-1, the share of different words, against KL to the reference, in the same manner.",
 }
 
