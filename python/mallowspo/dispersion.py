@@ -38,15 +38,34 @@ def agreement_to_neg_log_dispersion(agreement, link):
     Returns:
         [B] float64 array. Raises ValueError for a value outside (0.5, 1] or a link without dispersion.
     """
-    if link not in F.MALLOWS_LINKS:
-        raise ValueError(f"link {link!r} has no dispersion; choose one of {', '.join(sorted(F.MALLOWS_LINKS))}")
     agreement = np.asarray(agreement, dtype=np.float64)
     bad = ~((agreement > 0.5) & (agreement <= 1))
     if bad.any():
         raise ValueError(f"agreement must be in (0.5, 1], got {agreement[bad][0]} at index {int(np.argmax(bad))}")
     share = np.minimum(agreement, AGREEMENT_CEILING)
-    logit = np.log(share) - np.log1p(-share)
-    return logit if link == "mallows-phi" else logit / 2
+    return log_odds_to_neg_log_dispersion(np.log(share) - np.log1p(-share), link)
+
+
+def log_odds_to_neg_log_dispersion(log_odds, link):
+    """a such that the link gives a pair one rank apart the probability that the log-odds stand for.
+
+    For an opinion of a model's own in place of people's: the log-odds that it prefers one of the two responses, by
+    any question put to it. theta (and ipo and hinge): a = |log-odds| / 2; phi: a = |log-odds|. A model's opinions are
+    seldom calibrated: multiply them by their :func:`calibrated_scale`, then give them as ``neg_log_dispersion``.
+
+    Args:
+        log_odds: [B] finite floats; their sign does not matter.
+        link: a mallows link.
+
+    Returns:
+        [B] float64 array. Raises ValueError for a value that is not finite or a link without dispersion.
+    """
+    if link not in F.MALLOWS_LINKS:
+        raise ValueError(f"link {link!r} has no dispersion; choose one of {', '.join(sorted(F.MALLOWS_LINKS))}")
+    size = np.abs(np.asarray(log_odds, dtype=np.float64))
+    if not np.isfinite(size).all():
+        raise ValueError(f"log_odds must be finite, got {size[~np.isfinite(size)][0]}")
+    return size if link == "mallows-phi" else size / 2
 
 
 def calibrated_scale(neg_log_dispersion):

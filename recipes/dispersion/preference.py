@@ -1,0 +1,159 @@
+"""A linear preference model on frozen sentence features, trained on single votes and judged by raters not seen.
+
+A sentence's log-probability ratio to the reference is w . x, with x the language model's standardised features; the
+loss is :func:`mallowspo.functional.preference_loss` plus a ridge penalty. No language model is tuned here.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from data import by_domain, preference_share, win_shares
+from indices import PAPER, agreement_indices
+
+from mallowspo import functional as F
+from mallowspo.dispersion import agreement_to_neg_log_dispersion, calibrated_scale
+
+PARTS = {"fit": 0.6, "validation": 0.15, "held out": 0.25}  # of the sentences of each domain
+PENALTIES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+DPO, ASKED, SHUFFLED, TRUE = "DPO", "asked margin", "entropy index, shuffled", "true agreement (seen raters)"
+METHODS = (DPO, PAPER, SHUFFLED, ASKED, TRUE)
+PEOPLE = "seen raters' own share"
+LEAST_AGREEMENT = 0.505  # of a pair that splits its raters evenly, which says nothing and would be refused
+CERTAIN = 0.95  # the most that the seen raters' share is believed
+
+
+class Votes(NamedTuple):
+    """n pairs of one domain each: rows [n, 2], what unseen raters say, and the seen raters' share for the first."""
+
+    rows: np.ndarray
+    wins: np.ndarray  # share of the unseen raters' untied votes for the first
+    seen_share: np.ndarray
+    first_chosen: np.ndarray  # one vote of two seen raters
+    tied: np.ndarray  # whether that vote was a tie
+
+
+def draw_votes(sentences, members, count, seen, unseen, generator):
+    """`count` random pairs within domains and their votes; pairs whose unseen raters all tie are left out.
+
+    Args:
+        sentences: list of Sentence. members: rows that may be drawn.
+        seen, unseen: a list of scores for each sentence.
+    """
+    domains = by_domain([sentences[row].domain for row in members])
+    pairs = []
+    for rows in domains.values():
+        left = generator.integers(len(rows), size=count // len(domains))
+        step = generator.integers(1, len(rows), size=len(left))  # never 0: the two differ
+        pairs.append(members[rows[np.stack([left, (left + step) % len(rows)], axis=1)]])
+    pairs = np.concatenate(pairs)
+    shares = np.array([win_shares(unseen[a], unseen[b]) for a, b in pairs])
+    pairs, shares = pairs[shares[:, 1] < 1], shares[shares[:, 1] < 1]
+    vote = np.array([np.sign(generator.choice(seen[a]) - generator.choice(seen[b])) for a, b in pairs])
+    seen_share = np.array([preference_share(seen[a], seen[b]) for a, b in pairs])
+    return Votes(pairs, shares[:, 0] / (1 - shares[:, 1]), seen_share, vote > 0, vote == 0)
+
+
+def fit_head(features, chosen, rejected, neg_log_dispersion, penalty, start=None):
+    """The weights [D] that minimise mean loss + penalty / 2 |w|^2: a convex problem.
+
+    Args:
+        features: [S, D] float64. chosen, rejected: [n] rows of it.
+        neg_log_dispersion: [n] float64 for the theta link, None for Bradley-Terry.
+        penalty: > 0. start: [D] to start from; None: 0.
+    """
+    weights = torch.zeros(features.shape[1], dtype=torch.float64) if start is None else start.clone()
+    weights.requires_grad_()
+    optimiser = torch.optim.LBFGS([weights], max_iter=300, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        scores = features @ weights
+        loss = losses(scores[chosen], scores[rejected], neg_log_dispersion).mean() + penalty / 2 * weights @ weights
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return weights.detach()
+
+
+def losses(chosen, rejected, neg_log_dispersion):
+    """preference_loss of scores: Bradley-Terry without a dispersion, theta with one; beta 1, the penalty sets it."""
+    link = "bradley-terry" if neg_log_dispersion is None else "mallows-theta"
+    return F.preference_loss(chosen, rejected, neg_log_dispersion=neg_log_dispersion, link=link, beta=1.0).losses
+
+
+def judge(scores, votes, neg_log_dispersion):
+    """(log-likelihood in nats, accuracy) of an unseen rater's untied vote, means over pairs."""
+    first, second = (scores[rows] for rows in torch.as_tensor(votes.rows).T)
+    wins = torch.as_tensor(votes.wins)
+    lost = wins * losses(first, second, neg_log_dispersion) + (1 - wins) * losses(second, first, neg_log_dispersion)
+    right = torch.where(first == second, 0.5, torch.where(first > second, wins, 1 - wins))
+    return -lost.mean().item(), right.mean().item()
+
+
+def run_seed(sentences, found, vocabulary, seed, train_votes, held_out_pairs):
+    """One split of sentences and raters, every method.
+
+    Args:
+        sentences: list of S Sentence. found: of ``indices.read_with_model``, flattened to one row a sentence.
+        vocabulary: as of ``agreement_indices``. seed: draws the split of sentences and of raters, pairs and votes.
+        train_votes, held_out_pairs: pairs to draw; ties are then left out.
+
+    Returns:
+        {method: {"log_likelihood", "accuracy", "penalty"}}, with PEOPLE as a last one without penalty, and
+        {"votes", "tied"}: the number of training votes, and the share of ties among those drawn.
+    """
+    generator = np.random.default_rng(seed)
+    members = {part: [] for part in PARTS}
+    for rows in by_domain([sentence.domain for sentence in sentences]).values():
+        ends = np.round(np.cumsum(list(PARTS.values())) * len(rows)).astype(int)[:-1]
+        for part, rows_of_part in zip(PARTS, np.split(generator.permutation(rows), ends), strict=True):
+            members[part].extend(rows_of_part)
+    raters = [generator.permutation(sentence.ratings) for sentence in sentences]
+    seen, unseen = [r[: len(r) // 2] for r in raters], [r[len(r) // 2 :] for r in raters]
+    counts = {"fit": train_votes, "validation": held_out_pairs, "held out": held_out_pairs}
+    votes = {
+        part: draw_votes(sentences, np.array(members[part]), counts[part], seen, unseen, generator) for part in PARTS
+    }
+    dispersion = _dispersions(votes, found, vocabulary, generator)
+
+    features = found["features"].double()
+    fitted = features[members["fit"]]
+    features = (features - fitted.mean(0)) / (fitted.std(0) + 1e-6) / features.shape[1] ** 0.5
+    fit = votes["fit"]
+    kept = torch.as_tensor(~fit.tied)
+    rows = torch.as_tensor(np.where(fit.first_chosen[:, None], fit.rows, fit.rows[:, ::-1]))[kept]
+    result = {}
+    for method in METHODS:
+        a = dispersion[method]
+        weights, tried = None, []
+        for penalty in PENALTIES:
+            weights = fit_head(features, *rows.T, None if a is None else a["fit"][kept], penalty, weights)
+            on = {part: judge(features @ weights, votes[part], a and a[part]) for part in ("validation", "held out")}
+            tried.append((on["validation"][0], penalty, on["held out"]))
+        _, penalty, (likelihood, accuracy) = max(tried)
+        result[method] = {"log_likelihood": likelihood, "accuracy": accuracy, "penalty": penalty}
+    held = votes["held out"]
+    belief = held.seen_share.clip(1 - CERTAIN, CERTAIN)
+    likelihood = held.wins * np.log(belief) + (1 - held.wins) * np.log1p(-belief)
+    right = np.where(belief == 0.5, 0.5, np.where(belief > 0.5, held.wins, 1 - held.wins))
+    result[PEOPLE] = {"log_likelihood": float(likelihood.mean()), "accuracy": float(right.mean())}
+    return result | {"votes": int(kept.sum()), "tied": float(fit.tied.mean())}
+
+
+def _dispersions(votes, found, vocabulary, generator):
+    """{method: None or {part: [n] neg-log dispersions}}, scaled so that the theta factor has mean 1 on the fit part."""
+    columns = {name: column for name, column in found.items() if name != "features"}
+    raw = {method: {} for method in METHODS if method != DPO}
+    for part, drawn in votes.items():
+        indices = agreement_indices({name: column[drawn.rows] for name, column in columns.items()}, vocabulary)
+        agreement = np.maximum(0.5 + np.abs(drawn.seen_share - 0.5), LEAST_AGREEMENT)
+        raw[PAPER][part], raw[ASKED][part] = indices[PAPER], indices["asked margin"]
+        raw[SHUFFLED][part] = generator.permutation(indices[PAPER])
+        raw[TRUE][part] = agreement_to_neg_log_dispersion(agreement, "mallows-theta")
+    scaled = {DPO: None}
+    for method, parts in raw.items():
+        scale = calibrated_scale(parts["fit"])
+        scaled[method] = {part: torch.as_tensor(scale * values) for part, values in parts.items()}
+    return scaled

