@@ -4,10 +4,13 @@ Plain text without a chat template: small instruction-tuned models answer a comp
 sentence is read once per prompt, whatever the number of pairs it is in; each pass is cached by domain.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
+from data import by_domain
 from tqdm.auto import tqdm
 
 from mallowspo import functional as F
@@ -66,21 +69,21 @@ def sentence_stats(model, prompts, texts, batch_size, done=None):
 
 
 def answer_log_odds(model, questions, answers, batch_size, done=None):
-    """[n] float32: log p(first answer) - log p(second answer) as the next token after each question.
+    """{"odds": [n] float32}: log p(first answer) - log p(second answer) as the next token after each question.
 
     Args:
         model, batch_size, done: as of :func:`sentence_stats`. questions: n lists of token ids.
         answers: the two token ids.
     """
     odds = torch.empty(len(questions))
-    for indices, batch in _batches(model, questions, [[answers[:1]]] * len(questions), batch_size, done):
+    for indices, batch in _batches(model, questions, [[list(answers[:1])]] * len(questions), batch_size, done):
         last = _hidden_states(model, batch)[batch["target_index"]]
         logps = [
             model.get_output_embeddings()(last, target_ids=torch.full_like(batch["target_ids"], answer)).logps
             for answer in answers
         ]
         odds[indices] = (logps[0] - logps[1]).float().cpu()
-    return odds
+    return {"odds": odds}
 
 
 def _batches(model, prompts, responses, size, done):
@@ -100,6 +103,47 @@ def _hidden_states(model, batch):
     return model.get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
+@dataclass
+class _Reader:
+    """Runs passes of the model, each from its cache file if that is there."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    cache_dir: Path
+    batch_size: int
+    bar: tqdm
+
+    def __post_init__(self):
+        self.model_key = fingerprint(self.model, dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), ()), {})
+
+    def write(self, name, prompt, texts):
+        """:func:`sentence_stats` of texts behind one prompt."""
+        return self._cached(
+            name, sentence_stats, [self._ids(prompt)] * len(texts), [self._ids(text) for text in texts]
+        )
+
+    def ask(self, name, questions, answers):
+        """:func:`answer_log_odds`; ValueError for answers that begin with the same token."""
+        first, second = (self._ids(answer)[0] for answer in answers)
+        if first == second:
+            raise ValueError(f"the answers {answers} begin with the same token, so they cannot be told apart")
+        return self._cached(name, answer_log_odds, [self._ids(text) for text in questions], (first, second))["odds"]
+
+    def _ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _cached(self, name, compute, *inputs):
+        count = len(inputs[0])
+        key = xxhash.xxh3_128_hexdigest(repr((self.model_key, compute.__name__, inputs)).encode())
+        path = Path(self.cache_dir) / f"{name.replace(' ', '-')}-{key[:12]}.safetensors"
+        if path.exists():
+            self.bar.update(count)
+            return load_cache(path, key, count)
+        columns = compute(self.model, *inputs, self.batch_size, self.bar.update)
+        save_cache(path, columns, key)
+        return columns
+
+
 def read_with_model(model, tokenizer, pairs, cache_dir, batch_size):
     """Everything the indices and the features need, from one pass per prompt and domain, each cached.
 
@@ -112,64 +156,35 @@ def read_with_model(model, tokenizer, pairs, cache_dir, batch_size):
     Returns:
         dict of float32 tensors over pairs and their two sentences: ``<prompt>_logps``, ``<prompt>_entropy``,
         ``<prompt>_tokens`` [P, 2] for the prompts of WRITE, ``features`` [P, 2, D], ``asked`` [P, 2, len(ASK)],
-        ``chosen`` [P, 2]: the log-odds that the one shown first is the more positive.
+        ``chosen`` [P, 2]: the log-odds that the one shown first is the more positive, in both orders.
 
     Raises:
         ValueError: a corrupt cache file (the message says to delete it), answers that begin with the same token.
     """
     attach_token_stats(model)
-    texts, domains = {}, [first.domain for first, _ in pairs]
-    for first, second in pairs:
-        texts.setdefault(first.domain, []).extend([first.text, second.text])
-
-    def ids(text):
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def answer_ids(answers):
-        first, second = (ids(answer)[0] for answer in answers)
-        if first == second:
-            raise ValueError(f"the answers {answers} begin with the same token, so they cannot be told apart")
-        return [first, second]
-
-    parts = {domain: {} for domain in texts}
     passes = len(WRITE) + len(ASK) + 1  # the last reads as many sequences: each pair in both orders
-    bar = tqdm(total=passes * 2 * len(pairs), desc="Reading sentences", unit="sequence")
+    bar, parts = tqdm(total=passes * 2 * len(pairs), desc="Reading sentences", unit="sequence"), []
     with bar, torch.no_grad(), evaluating(model):
-        for domain, lines in texts.items():
-            part, count, slug = parts[domain], len(lines), domain.replace(" ", "-")
-
-            def stage(name, prompts, responses, answers, compute, slug=slug, count=count):
-                columns = {"prompt_ids": prompts, "chosen_ids": responses, "rejected_ids": [answers]}
-                key = fingerprint(model, columns, {})
-                path = Path(cache_dir) / f"{slug}-{name}-{key[:12]}.safetensors"
-                if path.exists():
-                    bar.update(count)
-                    return load_cache(path, key, count)
-                found = compute()
-                save_cache(path, found, key)
-                return found
-
-            def ask(name, questions, answers, stage=stage):
-                questions, answers = [ids(question) for question in questions], answer_ids(answers)
-                compute = lambda: {"odds": answer_log_odds(model, questions, answers, batch_size, bar.update)}  # noqa: E731
-                return stage(name, questions, [], answers, compute)["odds"]
-
-            responses = [ids(text) for text in lines]
+        reader = _Reader(model, tokenizer, cache_dir, batch_size, bar)
+        for domain, rows in by_domain([first.domain for first, _ in pairs]).items():
+            texts = [sentence.text for row in rows for sentence in pairs[row]]
+            part = {}
             for name, template in WRITE.items():
-                prompts = [ids(template.format(domain=domain))] * count
-                compute = lambda p=prompts, r=responses: sentence_stats(model, p, r, batch_size, bar.update)  # noqa: E731
-                found = stage(name, prompts, responses, [], compute)
+                found = reader.write(f"{domain}-{name}", template.format(domain=domain), texts)
                 part |= {f"{name}_{column}": found[column] for column in ("logps", "entropy", "tokens")}
                 if name == "neutral":
                     part["features"] = found["features"]
-            asked = [ask(f"ask{i}", [t.format(text=text) for text in lines], a) for i, (t, *a) in enumerate(ASK)]
+            asked = [
+                reader.ask(f"{domain}-ask{i}", [template.format(text=text) for text in texts], answers)
+                for i, (template, *answers) in enumerate(ASK)
+            ]
             part["asked"] = torch.stack(asked, dim=1)
-            orders = [pair[::step] for pair in zip(lines[::2], lines[1::2], strict=True) for step in (1, -1)]
             template, *answers = CHOOSE
-            part["chosen"] = ask("choose", [template.format(first=a, second=b) for a, b in orders], answers)
-    assert list(parts) == list(dict.fromkeys(domains))  # pairs come domain by domain
-    columns = {name: torch.cat([part[name] for part in parts.values()]) for name in next(iter(parts.values()))}
-    return {name: column.unflatten(0, (-1, 2)) for name, column in columns.items()}
+            orders = [order for pair in zip(texts[::2], texts[1::2], strict=True) for order in (pair, pair[::-1])]
+            questions = [template.format(first=first, second=second) for first, second in orders]
+            part["chosen"] = reader.ask(f"{domain}-choose", questions, answers)
+            parts.append(part)
+    return {name: torch.cat([part[name] for part in parts]).unflatten(0, (-1, 2)) for name in parts[0]}
 
 
 # ---- indices -------------------------------------------------------------------------------------------------------

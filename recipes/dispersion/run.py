@@ -8,7 +8,6 @@ seed's result are cached in output_dir/cache: an interrupted run goes on where i
 results.md, correlation.png, calibration.png and preference.png into output_dir.
 """
 
-import argparse
 import json
 import platform
 import sys
@@ -18,11 +17,10 @@ from pathlib import Path
 
 import torch
 import xxhash
-import yaml
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # models.py
+sys.path.insert(0, str(Path(__file__).parents[1]))  # what the recipes share
 import data
 import indices
 import preference
@@ -31,6 +29,7 @@ import report
 import mallowspo
 import models
 from mallowspo.files import write_whole
+from options import parse_options
 
 
 @dataclass
@@ -55,23 +54,8 @@ class RecipeArguments:
 
 
 def parse_arguments(arguments=None):
-    """RecipeArguments from the YAML file of ``--config`` and the command line, which wins.
-
-    Raises:
-        ValueError: the file is no mapping or has an unknown option. SystemExit: a value argparse refuses.
-    """
-    parser = HfArgumentParser(RecipeArguments, description=__doc__.split("\n")[0])
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", default=RecipeArguments.config)
-    path = finder.parse_known_args(arguments)[0].config
-    options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} must hold options, one 'name: value' a line")
-    unknown = sorted(set(options) - {action.dest for action in parser._actions} | {"config"} & set(options))
-    if unknown:
-        raise ValueError(f"{path} has unknown options: {', '.join(map(str, unknown))}; see run.py --help")
-    parser.set_defaults(**{name: str(value) for name, value in options.items()})  # argparse converts and checks
-    (recipe,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    """RecipeArguments; see options.parse_options. Raises ValueError for fewer than two seeds too."""
+    (recipe,) = parse_options(RecipeArguments, __doc__.split("\n")[0], arguments)
     if recipe.seeds < 2:
         raise ValueError(f"seeds must be at least 2 for an interval, got {recipe.seeds}")
     return recipe
