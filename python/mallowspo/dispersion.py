@@ -16,6 +16,7 @@ import torch
 import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from mallowspo import functional as F
 from mallowspo.files import write_whole
@@ -46,26 +47,70 @@ def agreement_to_neg_log_dispersion(agreement, link):
     return log_odds_to_neg_log_dispersion(np.log(share) - np.log1p(-share), link)
 
 
-def log_odds_to_neg_log_dispersion(log_odds, link):
-    """a such that the link gives a pair one rank apart the probability that the log-odds stand for.
+def log_odds_to_neg_log_dispersion(log_odds, link, *, offset=0.0, slope=1.0):
+    """a from a model's opinion in place of people's: the log-odds with which it prefers one of two responses.
 
-    For an opinion of a model's own in place of people's: the log-odds that it prefers one of the two responses, by
-    any question put to it. theta (and ipo and hinge): a = |log-odds| / 2; phi: a = |log-odds|. A model's opinions are
-    seldom calibrated: multiply them by their :func:`calibrated_scale`, then give them as ``neg_log_dispersion``.
+    offset + slope |log-odds|, not below 0, stands for the logit of the agreement s in
+    :func:`agreement_to_neg_log_dispersion`. A model's opinions are seldom calibrated: :func:`fit_log_odds` finds
+    offset and slope from pairs whose agreement is known.
 
     Args:
         log_odds: [B] finite floats; their sign does not matter.
         link: a mallows link.
+        offset, slope: numbers.
 
     Returns:
         [B] float64 array. Raises ValueError for a value that is not finite or a link without dispersion.
     """
     if link not in F.MALLOWS_LINKS:
         raise ValueError(f"link {link!r} has no dispersion; choose one of {', '.join(sorted(F.MALLOWS_LINKS))}")
+    logit = np.maximum(offset + slope * _finite_size(log_odds), 0)
+    return logit if link == "mallows-phi" else logit / 2
+
+
+def fit_log_odds(log_odds, agreement):
+    """The offset and the slope >= 0 that make sigmoid(offset + slope |log-odds|) likeliest as the known agreements.
+
+    Args:
+        log_odds: [n] finite floats, or any other index of agreement that is not negative.
+        agreement: [n] floats in [0.5, 1]; above AGREEMENT_CEILING they count as that.
+
+    Returns:
+        (offset, slope) floats, for :func:`log_odds_to_neg_log_dispersion`. Raises ValueError for a value out of range,
+        no pairs or columns of different lengths.
+    """
+    size, agreement = _finite_size(log_odds), np.asarray(agreement, dtype=np.float64)
+    if size.shape != agreement.shape or not size.size:
+        raise ValueError(f"one agreement for each log-odds is needed, got shapes {agreement.shape} and {size.shape}")
+    bad = ~((agreement >= 0.5) & (agreement <= 1))
+    if bad.any():
+        raise ValueError(f"agreement must be in [0.5, 1], got {agreement[bad][0]} at index {int(np.argmax(bad))}")
+    share = np.minimum(agreement, AGREEMENT_CEILING)
+    level, spread = share.mean(), size.std()
+    if spread > 0:
+        centred, target = torch.as_tensor((size - size.mean()) / spread), torch.as_tensor(share)
+        line = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        stop = {"max_iter": 200, "tolerance_grad": 1e-10, "tolerance_change": 1e-14}
+        optimiser = torch.optim.LBFGS([line], line_search_fn="strong_wolfe", **stop)
+
+        def closure():
+            optimiser.zero_grad()
+            loss = binary_cross_entropy_with_logits(line[0] + line[1] * centred, target)
+            loss.backward()
+            return loss
+
+        optimiser.step(closure)
+        height, slope = line.tolist()
+        if slope > 0:
+            return height - slope * float(size.mean() / spread), slope / float(spread)
+    return float(np.log(level) - np.log1p(-level)), 0.0  # the likelihood is concave: the best slope >= 0 is 0
+
+
+def _finite_size(log_odds):
     size = np.abs(np.asarray(log_odds, dtype=np.float64))
     if not np.isfinite(size).all():
         raise ValueError(f"log_odds must be finite, got {size[~np.isfinite(size)][0]}")
-    return size if link == "mallows-phi" else size / 2
+    return size
 
 
 def calibrated_scale(neg_log_dispersion):

@@ -21,11 +21,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mallowspo.dispersion import agreement_to_neg_log_dispersion
 from models import cache_folder
 
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 ARCHIVE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-DOWNLOAD = ("download", "--no-deps", "--no-binary", ":all:", "vaderSentiment==3.3.2")
+DOWNLOAD = ("download", "--no-deps", "--no-binary", "vaderSentiment", "vaderSentiment==3.3.2")
 INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
 
 # What a prompt calls a domain, and how its two files begin.
@@ -36,6 +37,7 @@ DOMAINS = {
     "tweet": "tweets",
 }
 LOWEST, HIGHEST = -4, 4  # scores
+LEAST_AGREEMENT = 0.505  # of a pair that splits its raters evenly: at 1/2 its weight would be 0
 
 
 class Sentence(NamedTuple):
@@ -147,6 +149,12 @@ def preference_share(first, second):
     """P(a rater's score of the first > a rater's score of the second), ties counting half; all pairs of raters."""
     win, tie = win_shares(first, second)
     return win + tie / 2
+
+
+def real_dispersion(share):
+    """Neg-log dispersion [n] of shares [n] who prefer the first of two, by the theta link one rank apart."""
+    agreement = np.maximum(0.5 + np.abs(np.asarray(share) - 0.5), LEAST_AGREEMENT)
+    return agreement_to_neg_log_dispersion(agreement, "mallows-theta")
 
 
 def draw_pairs(sentences, pairs_per_domain, seed):

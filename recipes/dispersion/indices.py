@@ -7,7 +7,6 @@ sentence is read once per prompt, whatever the number of pairs it is in; each pa
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import xxhash
 from data import by_domain
@@ -15,7 +14,7 @@ from tqdm.auto import tqdm
 
 from mallowspo import functional as F
 from mallowspo.collator import pad
-from mallowspo.dispersion import fingerprint, load_cache, log_odds_to_neg_log_dispersion, save_cache
+from mallowspo.dispersion import fingerprint, load_cache, save_cache
 from mallowspo.modeling import attach_token_stats, evaluating
 
 # The sentence as a completion of these: the first for the paper's index, the others for the contrast between them.
@@ -33,7 +32,7 @@ ASK = (
 # The question about both sentences, asked in both orders.
 CHOOSE = ("A: {first}\nB: {second}\nThe more positive of these two sentences is", " A", " B")
 
-PAPER = "entropy index (paper)"
+PAPER, ASKED = "entropy index (paper)", "asked margin"
 SMALLEST_VARIANCE = 1e-6  # of paraphrases that all say the same, in squared nats
 
 
@@ -199,25 +198,30 @@ def agreement_indices(found, vocabulary):
     Returns:
         {name: [P] float64 array, >= 0}:
 
-        - the paper's: -log of the mean token entropy of the two sentences over log V;
+        - the paper's: -log of the mean token entropy of the two sentences over log V, behind the neutral prompt;
+        - the same behind the prompt that says what people were asked about: a positive sentence;
         - margin per token: difference of the mean token log-probabilities;
         - contrast margin: difference of log p(sentence | positive prompt) - log p(sentence | negative prompt);
         - choice entropy: the paper's form for two outcomes, with the mean log-odds of both orders of the question;
         - asked margin: difference of the log-odds of positive and negative, mean over paraphrases;
-        - paraphrase variance: log(1 + 1 / variance over paraphrases of that difference).
+        - paraphrase variance: log(1 + 1 / variance over paraphrases of that difference);
+        - paraphrase variance of p: the same of the probabilities that the first is the more positive.
     """
     found = {name: column.double() for name, column in found.items()}
-    logps = found["neutral_logps"] / found["neutral_tokens"]
     contrast = found["positive_logps"] - found["negative_logps"]
     asked = found["asked"][:, 0] - found["asked"][:, 1]
-    variance = asked.var(dim=1, correction=0).clamp(min=SMALLEST_VARIANCE)
-    margins = {"margin per token": logps, "contrast margin": contrast, "asked margin": found["asked"].mean(dim=2)}
-    indices = {PAPER: F.neg_log_dispersion(*found["neutral_entropy"].T.contiguous(), vocabulary)}
-    for name, column in margins.items():
-        indices[name] = log_odds_to_neg_log_dispersion(column[:, 0] - column[:, 1], "mallows-theta")
+    indices = {
+        name: F.neg_log_dispersion(*found[f"{prompt}_entropy"].T.contiguous(), vocabulary)
+        for name, prompt in ((PAPER, "neutral"), ("entropy index, positive prompt", "positive"))
+    }
+    indices["margin per token"] = (found["neutral_logps"] / found["neutral_tokens"]).diff(dim=1).squeeze(1).abs()
+    indices["contrast margin"] = contrast.diff(dim=1).squeeze(1).abs()
     if "chosen" in found:
         choice = torch.sigmoid((found["chosen"][:, 0] - found["chosen"][:, 1]) / 2)
         entropy = torch.special.entr(choice) + torch.special.entr(1 - choice)
         indices["choice entropy"] = F.neg_log_dispersion(entropy, entropy, 2)
-    indices["paraphrase variance"] = torch.log1p(1 / variance)
-    return {name: np.asarray(values) for name, values in indices.items()}
+    indices[ASKED] = asked.mean(dim=1).abs()
+    for name, opinion in (("paraphrase variance", asked), ("paraphrase variance of p", torch.sigmoid(asked))):
+        variance = opinion.var(dim=1, correction=0).clamp(min=SMALLEST_VARIANCE)
+        indices[name] = torch.log1p(1 / variance)
+    return {name: values.numpy() for name, values in indices.items()}

@@ -8,18 +8,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from data import by_domain, preference_share, win_shares
-from indices import PAPER, agreement_indices
+from data import by_domain, preference_share, real_dispersion, win_shares
+from indices import ASKED, PAPER, agreement_indices
 
 from mallowspo import functional as F
-from mallowspo.dispersion import agreement_to_neg_log_dispersion, calibrated_scale
+from mallowspo.dispersion import calibrated_scale, fit_log_odds, log_odds_to_neg_log_dispersion
 
 PARTS = {"fit": 0.6, "validation": 0.15, "held out": 0.25}  # of the sentences of each domain
-PENALTIES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
-DPO, ASKED, SHUFFLED, TRUE = "DPO", "asked margin", "entropy index, shuffled", "true agreement (seen raters)"
-METHODS = (DPO, PAPER, SHUFFLED, ASKED, TRUE)
+PENALTIES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
+DPO, TRUE = "DPO", "true agreement (seen raters)"
+SHUFFLED = "entropy index, shuffled"
+FITTED = {PAPER: "entropy index, fitted", ASKED: "asked margin, fitted"}
+METHODS = (DPO, PAPER, SHUFFLED, FITTED[PAPER], ASKED, FITTED[ASKED], TRUE)
 PEOPLE = "seen raters' own share"
-LEAST_AGREEMENT = 0.505  # of a pair that splits its raters evenly, which says nothing and would be refused
 CERTAIN = 0.95  # the most that the seen raters' share is believed
 
 
@@ -101,8 +102,9 @@ def run_seed(sentences, found, vocabulary, seed, train_votes, held_out_pairs):
         train_votes, held_out_pairs: pairs to draw; ties are then left out.
 
     Returns:
-        {method: {"log_likelihood", "accuracy", "penalty"}}, with PEOPLE as a last one without penalty, and
-        {"votes", "tied"}: the number of training votes, and the share of ties among those drawn.
+        {method: {"log_likelihood", "accuracy", "penalty", "without"}}, with PEOPLE as a last one that has the first
+        two, and {"votes", "tied"}: the number of training votes, and the share of ties among those drawn. ``without``
+        is Bradley-Terry's log-likelihood with the same scores: the dispersion is used in training only.
     """
     generator = np.random.default_rng(seed)
     members = {part: [] for part in PARTS}
@@ -127,13 +129,16 @@ def run_seed(sentences, found, vocabulary, seed, train_votes, held_out_pairs):
     result = {}
     for method in METHODS:
         a = dispersion[method]
-        weights, tried = None, []
+        weights, known, without = None, [], []
         for penalty in PENALTIES:
-            weights = fit_head(features, *rows.T, None if a is None else a["fit"][kept], penalty, weights)
-            on = {part: judge(features @ weights, votes[part], a and a[part]) for part in ("validation", "held out")}
-            tried.append((on["validation"][0], penalty, on["held out"]))
-        _, penalty, (likelihood, accuracy) = max(tried)
+            weights = fit_head(features, *rows.T, a and a["fit"][kept], penalty, weights)
+            scores = features @ weights
+            for tried, told in ((known, a), (without, None)):
+                on = [judge(scores, votes[part], told and told[part]) for part in ("validation", "held out")]
+                tried.append((on[0][0], penalty, *on[1]))
+        _, penalty, likelihood, accuracy = max(known)
         result[method] = {"log_likelihood": likelihood, "accuracy": accuracy, "penalty": penalty}
+        result[method]["without"] = max(without)[2]
     held = votes["held out"]
     belief = held.seen_share.clip(1 - CERTAIN, CERTAIN)
     likelihood = held.wins * np.log(belief) + (1 - held.wins) * np.log1p(-belief)
@@ -143,15 +148,24 @@ def run_seed(sentences, found, vocabulary, seed, train_votes, held_out_pairs):
 
 
 def _dispersions(votes, found, vocabulary, generator):
-    """{method: None or {part: [n] neg-log dispersions}}, scaled so that the theta factor has mean 1 on the fit part."""
+    """{method: None or {part: [n] neg-log dispersions}}, scaled so that the theta factor is 1 on average over the fit.
+
+    The FITTED ones are first put on the line that fits the seen raters' agreement on the fit part.
+    """
     columns = {name: column for name, column in found.items() if name != "features"}
     raw = {method: {} for method in METHODS if method != DPO}
     for part, drawn in votes.items():
         indices = agreement_indices({name: column[drawn.rows] for name, column in columns.items()}, vocabulary)
-        agreement = np.maximum(0.5 + np.abs(drawn.seen_share - 0.5), LEAST_AGREEMENT)
-        raw[PAPER][part], raw[ASKED][part] = indices[PAPER], indices["asked margin"]
+        raw[PAPER][part], raw[ASKED][part] = indices[PAPER], indices[ASKED]
         raw[SHUFFLED][part] = generator.permutation(indices[PAPER])
-        raw[TRUE][part] = agreement_to_neg_log_dispersion(agreement, "mallows-theta")
+        raw[TRUE][part] = real_dispersion(drawn.seen_share)
+    share = votes["fit"].seen_share
+    for name, fitted in FITTED.items():
+        offset, slope = fit_log_odds(raw[name]["fit"], np.maximum(share, 1 - share))
+        raw[fitted] = {
+            part: log_odds_to_neg_log_dispersion(index, "mallows-theta", offset=offset, slope=slope)
+            for part, index in raw[name].items()
+        }
     scaled = {DPO: None}
     for method, parts in raw.items():
         scale = calibrated_scale(parts["fit"])
