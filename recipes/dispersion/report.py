@@ -6,11 +6,12 @@ import math
 from pathlib import Path
 
 import numpy as np
-from data import DOMAINS, by_domain, preference_share
+from data import DOMAINS, by_domain, preference_share, real_dispersion, win_shares
 from indices import PAPER
 from matplotlib.figure import Figure
 from preference import DPO, METHODS, PEOPLE
 
+from mallowspo.dispersion import fit_log_odds
 from mallowspo.files import write_whole
 
 RESAMPLES = 2000
@@ -42,19 +43,23 @@ def people(pairs, seed=0):
     """What the ratings themselves say of each pair.
 
     Returns:
-        dict of [P] arrays: ``agreement``, the share of rater pairs on the side of the majority, ties half; ``halves``
-        [2, P], the same from either half of each sentence's raters, split at random; ``distance`` of the mean scores;
-        ``scatter``, the mean of the two standard deviations.
+        dict of [P] arrays: ``agreement``, the share of rater pairs on the side of the majority, ties half; ``untied``,
+        the same with ties left out (1/2 where all tie); ``tied``, their share; ``halves`` [2, P], the agreement from
+        either half of each sentence's raters, split at random; ``distance`` of the mean scores; ``scatter``, the mean
+        of the two standard deviations.
     """
     generator = np.random.default_rng(seed)
-    result = {"agreement": [], "halves": [], "distance": [], "scatter": []}
+    result = {name: [] for name in ("agreement", "untied", "tied", "halves", "distance", "scatter")}
     for pair in pairs:
         scores = [np.array(sentence.ratings) for sentence in pair]
         mixed = [generator.permutation(s) for s in scores]
         halves = [[s[: len(s) // 2] for s in mixed], [s[len(s) // 2 :] for s in mixed]]
         shares = [preference_share(*sides) for sides in (scores, *halves)]
         whole, *split = (max(share, 1 - share) for share in shares)
+        win, tied = win_shares(*scores)
         result["agreement"].append(whole)
+        result["untied"].append(max(win, 1 - tied - win) / (1 - tied) if tied < 1 else 0.5)
+        result["tied"].append(tied)
         result["halves"].append(split)
         result["distance"].append(abs(scores[0].mean() - scores[1].mean()))
         result["scatter"].append((scores[0].std() + scores[1].std()) / 2)
@@ -70,9 +75,10 @@ def correlations(predicted, facts, domains, seed=0):
         predicted: {name: [P]}. facts: of :func:`people`. domains: [P] names.
 
     Returns:
-        {name: {"all": (value, low, high), <domain>: ..., "gain": ..., "scatter": ...}}: ``gain`` is over the paper's
-        index, ``scatter`` the correlation with the scatter of the scores, sign turned. The indices come first, then
-        what the ratings give: HALF (one half predicting the other), DISTANCE, SPREAD.
+        {name: {"all": (value, low, high), <domain>: ..., "gain": ..., "untied": ..., "scatter": ...}}: ``gain`` over
+        the paper's index, ``untied`` the correlation with the agreement without ties, ``scatter`` that with the
+        scatter of the scores, sign turned. The indices come first, then what the ratings give: HALF (one half
+        predicting the other), DISTANCE, SPREAD.
     """
     groups = by_domain(domains)
     columns = {name: (values, facts["agreement"]) for name, values in predicted.items()}
@@ -84,6 +90,7 @@ def correlations(predicted, facts, domains, seed=0):
         found = {}
         for name, (index, target) in columns.items():
             found[name, "all"] = rank_correlation(index[rows], target[rows])
+            found[name, "untied"] = rank_correlation(index[rows], facts["untied"][rows])
             found[name, "scatter"] = rank_correlation(index[rows], -facts["scatter"][rows])
             for domain, part in groups.items():
                 found[name, domain] = rank_correlation(index[part], target[part])
@@ -115,31 +122,44 @@ def _sigmoid(values):
 
 
 def calibration(predicted, agreement, seed=0):
-    """How good a probability each index gives, with one scale that the other half of the pairs chose.
+    """How good a probability each index gives, with numbers that the other half of the pairs chose.
+
+    ``scale``: sigmoid(2 scale index), the theta link with its dispersion scale; ``line``: with an offset too, the
+    slope not below 0 (:func:`mallowspo.dispersion.fit_log_odds`).
 
     Returns:
-        {name: {"gain": (value, low, high), "bins": [[predicted, actual, standard error], ...]}}: gain in nats a vote
-        over the mean agreement alone, its interval from resampled pairs; bins of equally many pairs by rising index.
+        {name: {"scale" or "line": {"gain": (value, low, high), "fit": ..., "bins": [...]}}}: gain in nats a vote over
+        the mean agreement alone, its interval from resampled pairs; fit of all pairs, the scale or (offset, slope);
+        bins of equally many pairs by rising prediction: [predicted, actual, standard error].
     """
     generator = np.random.default_rng(seed)
     fold = generator.permutation(len(agreement)) % 2
+    resamples = generator.integers(len(agreement), size=(RESAMPLES, len(agreement)))
     result = {}
     for name, index in predicted.items():
-        share, constant = np.empty(len(index)), np.empty(len(index))
-        for side in (0, 1):
-            here, other = fold == side, fold != side
-            share[here] = _sigmoid(fitted_scale(index[other], agreement[other]) * index[here])
-            constant[here] = agreement[other].mean()
-        share = share.clip(0.5, 1 - 1e-6)
-        gain = _likelihood(share, agreement) - _likelihood(constant, agreement)
-        draws = generator.choice(gain, (RESAMPLES, len(gain))).mean(1)
-        bins = [
-            [float(share[rows].mean()), float(agreement[rows].mean()), _standard_error(agreement[rows])]
-            for rows in np.array_split(np.argsort(share, kind="stable"), min(BINS, len(index)))
-        ]
-        low, high = np.quantile(draws, [0.025, 0.975])
-        result[name] = {"gain": (float(gain.mean()), float(low), float(high)), "bins": bins}
+        result[name] = {}
+        for kind in ("scale", "line"):
+            share, constant = np.empty(len(index)), np.empty(len(index))
+            for side in (0, 1):
+                here, other = fold == side, fold != side
+                offset, slope = _fit(kind, index[other], agreement[other])
+                share[here] = _sigmoid(offset + slope * index[here])
+                constant[here] = agreement[other].mean()
+            share = share.clip(0.5, 1 - 1e-6)
+            gain = _likelihood(share, agreement) - _likelihood(constant, agreement)
+            low, high = np.quantile(gain[resamples].mean(1), [0.025, 0.975])
+            bins = [
+                [float(share[rows].mean()), float(agreement[rows].mean()), _standard_error(agreement[rows])]
+                for rows in np.array_split(np.argsort(share, kind="stable"), min(BINS, len(index)))
+            ]
+            offset, slope = _fit(kind, index, agreement)
+            fit = slope / 2 if kind == "scale" else (offset, slope)
+            result[name][kind] = {"gain": (float(gain.mean()), float(low), float(high)), "fit": fit, "bins": bins}
     return result
+
+
+def _fit(kind, index, agreement):
+    return (0.0, fitted_scale(index, agreement)) if kind == "scale" else fit_log_odds(index, agreement)
 
 
 def _likelihood(share, agreement):
@@ -151,13 +171,35 @@ def _standard_error(values):
 
 
 def seed_summary(seeds):
-    """{method: {"log_likelihood", "accuracy", "gain"}}: (mean, low, high) over seeds; gain is of the log-likelihood
-    over DPO's with the same seed. The intervals are Student's; seeds share their sentences."""
+    """{method: {"log_likelihood", "accuracy", "gain", "gain_without"}}: (mean, low, high) over seeds.
+
+    The gains are over DPO with the same seed, ``gain_without`` with the dispersion in training only. The intervals are
+    Student's; seeds share their sentences.
+    """
+    dpo = np.array([seed[DPO]["log_likelihood"] for seed in seeds])
     result = {}
     for method in (*METHODS, PEOPLE):
         columns = {what: np.array([seed[method][what] for seed in seeds]) for what in ("log_likelihood", "accuracy")}
-        columns["gain"] = columns["log_likelihood"] - [seed[DPO]["log_likelihood"] for seed in seeds]
+        columns["gain"] = columns["log_likelihood"] - dpo
+        if method != PEOPLE:
+            columns["gain_without"] = np.array([seed[method]["without"] for seed in seeds]) - dpo
         result[method] = {what: _student(values) for what, values in columns.items()}
+    return result
+
+
+def domain_facts(pairs, predicted, facts):
+    """{domain: {"pairs", "raters", "agreement", "tied", "real_phi", "entropy"}}: means over its pairs.
+
+    ``raters`` of a sentence; ``real_phi``, the dispersion that the agreement stands for; ``entropy``, the mean token
+    entropy over log V that the paper's index takes for it.
+    """
+    result = {}
+    for domain, rows in by_domain([first.domain for first, _ in pairs]).items():
+        raters = [len(sentence.ratings) for row in rows for sentence in pairs[row]]
+        phi = np.exp(-real_dispersion(facts["agreement"][rows]))
+        columns = {"raters": raters, "agreement": facts["agreement"][rows], "tied": facts["tied"][rows]}
+        columns |= {"real_phi": phi, "entropy": np.exp(-predicted[PAPER][rows])}
+        result[domain] = {"pairs": len(rows)} | {name: float(np.mean(values)) for name, values in columns.items()}
     return result
 
 
@@ -184,10 +226,10 @@ def write_report(output_dir, pairs, predicted, seeds, settings, versions):
     found = correlations(predicted, facts, domains)
     scaled = calibration(predicted, facts["agreement"])
     trained = seed_summary(seeds)
-    agreement = {domain: float(facts["agreement"][rows].mean()) for domain, rows in by_domain(domains).items()}
-    text = _table(found, scaled, trained, agreement, seeds)
-    results = {"pairs": len(pairs), "mean_agreement": agreement, "correlation": found, "calibration": scaled}
-    results |= {"preference": trained, "seeds": seeds, "settings": settings, "versions": versions}
+    of_domains = domain_facts(pairs, predicted, facts)
+    text = _table(found, scaled, trained, of_domains, seeds)
+    results = {"domains": of_domains, "correlation": found, "calibration": scaled, "preference": trained}
+    results |= {"seeds": seeds, "settings": settings, "versions": versions}
     write_whole(output_dir / "results.json", json.dumps(results, indent=2, allow_nan=False).encode())
     write_whole(output_dir / "results.md", text.encode())
     _write_figure(output_dir / "correlation.png", plot_correlations(found))
@@ -206,31 +248,49 @@ def _interval(interval, digits=2, sign="+"):
     return "{:{f}} [{:{f}}, {:{f}}]".format(*interval, f=f"{sign}.{digits}f")
 
 
-def _table(found, scaled, trained, agreement, seeds):
-    domains = list(agreement)
-    mean = ", ".join(f"{domain} {share:.2f}" for domain, share in agreement.items())
-    lines = ["# Human dispersion", "", f"Mean agreement on a pair: {mean}.", ""]
-    lines += ["Spearman's correlation with the raters' agreement, 95% bootstrap intervals over pairs; and the gain in"]
-    lines += ["log-likelihood (millinats a vote) of the index with a fitted scale over the mean agreement alone.", ""]
-    lines += [f"| index | all | over the paper's | {' | '.join(domains)} | with the scatter | gain |"]
-    lines += ["|---" * (5 + len(domains)) + "|"]
+def _table(found, scaled, trained, of_domains, seeds):
+    lines = ["# Human dispersion", "", "Means over the pairs of a domain; phi by the theta link, one rank apart.", ""]
+    names = {"pairs": "", "raters": ".0f", "agreement": ".3f", "tied": ".3f", "real_phi": ".3f", "entropy": ".3f"}
+    titles = ("pairs", "raters a sentence", "agreement", "tied", "real phi", "entropy / log V (the paper's phi)")
+    lines += [f"| domain | {' | '.join(titles)} |", "|---" * 7 + "|"]
+    for domain, row in of_domains.items():
+        lines.append(f"| {domain} | {' | '.join(format(row[name], form) for name, form in names.items())} |")
+    lines += ["", "Spearman's correlation with the raters' agreement, 95% bootstrap intervals over pairs.", ""]
+    columns = ["all", "gain", *of_domains, "untied", "scatter"]
+    titles = {"gain": "over the paper's", "untied": "agreement without ties", "scatter": "scatter of the scores"}
+    lines += [
+        f"| index | {' | '.join(titles.get(what, what) for what in columns)} |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
     for name, row in found.items():
-        gain = "-"
-        if name in scaled:
-            gain = _interval([1000 * number for number in scaled[name]["gain"]], 1)
-        over = "-" if name == PAPER or name not in scaled else _interval(row["gain"])
-        scatter = "-" if name in (HALF, SPREAD) else _interval(row["scatter"])
-        cells = (name, _interval(row["all"]), over, *(f"{row[domain][0]:+.2f}" for domain in domains), scatter, gain)
-        lines.append("| " + " | ".join(cells) + " |")
+        left_out = {"gain"} if name == PAPER or name not in scaled else set()
+        left_out |= {HALF: {"untied", "scatter"}, SPREAD: {"scatter"}}.get(name, set())
+        cells = ("-" if what in left_out else _interval(row[what]) for what in columns)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "The index as a probability: gain in log-likelihood (millinats a vote) over the mean agreement alone.",
+    ]
+    lines += ["Scale, offset and slope are those of the other half of the pairs.", ""]
+    lines += ["| index | with a scale, as in the paper | with an offset and a slope >= 0 |", "|---" * 3 + "|"]
+    for name, row in scaled.items():
+        lines.append(f"| {name} | {' | '.join(_milli(row[kind]['gain']) for kind in ('scale', 'line'))} |")
     votes, tied = (np.mean([seed[what] for seed in seeds]) for what in ("votes", "tied"))
     lines += ["", f"Linear preference model, {len(seeds)} seeds, {votes:.0f} votes to train on ({tied:.0%} tied, left"]
-    lines += ["out); votes of unseen raters on unseen sentences, mean and 95% interval over seeds.", ""]
-    lines += ["| dispersion | log-likelihood (nats a vote) | over DPO (millinats) | accuracy |", "|---" * 4 + "|"]
+    lines += [
+        "out); untied votes of unseen raters on unseen sentences, mean and 95% interval over seeds. Gains over DPO"
+    ]
+    lines += ["in millinats a vote: with the dispersion told to the judge too, and used in training only.", ""]
+    lines += ["| dispersion | log-likelihood | gain, told | gain, training only | accuracy |", "|---" * 5 + "|"]
     for method, row in trained.items():
-        over = "-" if method == DPO else _interval([1000 * number for number in row["gain"]], 1)
-        cells = (method, _interval(row["log_likelihood"], 4), over, _interval(row["accuracy"], 3, ""))
+        gains = ("-" if method == DPO or what not in row else _milli(row[what]) for what in ("gain", "gain_without"))
+        cells = (method, _interval(row["log_likelihood"], 4), *gains, _interval(row["accuracy"], 3, ""))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
+
+
+def _milli(interval):
+    return _interval([1000 * number for number in interval], 1)
 
 
 # ---- plots ---------------------------------------------------------------------------------------------------------
@@ -260,38 +320,45 @@ def plot_correlations(found):
 
 def plot_calibration(scaled):
     """Actual against predicted agreement of each index, in bins of equally many pairs."""
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
     grid = figure.subplots(2, math.ceil(len(scaled) / 2), sharex=True, sharey=True).flatten()
     for axes, (name, row) in zip(grid, scaled.items(), strict=False):
-        share, actual, error = np.array(row["bins"]).T
         axes.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=0.8, linestyle=":")
-        color = ORANGE if name == PAPER else BLUE
-        axes.errorbar(share, actual, 1.96 * error, fmt="o", color=color, markersize=4, linewidth=1.2)
-        gain = 1000 * row["gain"][0]
-        axes.set(title=f"{name}\n{gain:+.1f} millinats a vote", xlim=(0.48, 1.02), ylim=(0.48, 1.02))
+        for kind, color in (("scale", GREY), ("line", ORANGE if name == PAPER else BLUE)):
+            share, actual, error = np.array(row[kind]["bins"]).T
+            axes.errorbar(share, actual, 1.96 * error, fmt="o", color=color, markersize=4, linewidth=1.2)
+        gains = [1000 * row[kind]["gain"][0] for kind in ("scale", "line")]
+        axes.set(title="{}\n{:+.1f} and {:+.1f} millinats".format(name, *gains), xlim=(0.48, 1.02), ylim=(0.48, 1.02))
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("predicted agreement (one scale, fitted on the other half of the pairs)")
+    for axes in grid[len(scaled) :]:
+        axes.set_visible(False)
+    figure.suptitle(
+        "Is it a probability? Grey: one scale, as in the paper; colour: offset and slope. Title: gain a vote"
+    )
+    figure.supxlabel("predicted agreement (fitted on the other half of the pairs)")
     figure.supylabel("raters' agreement, mean of a bin and 95% interval")
     return figure
 
 
 def plot_preference(seeds, trained):
     """Gain of each method over DPO in the held-out log-likelihood: every seed, the mean and its interval."""
-    names = [method for method in trained if method != DPO][::-1]
-    figure = Figure(figsize=(8.5, 1.4 + 0.5 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    for i, name in enumerate(names):
-        gains = [1000 * (seed[name]["log_likelihood"] - seed[DPO]["log_likelihood"]) for seed in seeds]
-        color = ORANGE if name == PAPER else GREY if name == PEOPLE else BLUE
-        mean, low, high = (1000 * number for number in trained[name]["gain"])
-        axes.plot(gains, np.full(len(gains), i - 0.18), "o", color=color, alpha=0.35, markersize=4)
-        axes.hlines(i, low, high, color=color, linewidth=2)
-        axes.plot(mean, i, "o", color=color)
-    axes.axvline(0, color=GREY, linewidth=0.8, linestyle=":")
-    axes.set(
-        yticks=range(len(names)), yticklabels=names, xlabel="millinats a vote over DPO (small dots: one seed each)"
-    )
-    axes.set_title("Votes of raters not seen, on sentences not seen: log-likelihood")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", linewidth=0.3)
+    names = [method for method in METHODS if method != DPO][::-1]
+    figure = Figure(figsize=(11, 1.6 + 0.5 * len(names)), layout="constrained")
+    kinds = {
+        "log_likelihood": ("gain", "the judge knows the dispersion too"),
+        "without": ("gain_without", "in training only"),
+    }
+    for axes, (what, (gain, title)) in zip(figure.subplots(1, 2, sharey=True), kinds.items(), strict=True):
+        for i, name in enumerate(names):
+            gains = [1000 * (seed[name][what] - seed[DPO][what]) for seed in seeds]
+            color = ORANGE if name == PAPER else BLUE
+            mean, low, high = (1000 * number for number in trained[name][gain])
+            axes.plot(gains, np.full(len(gains), i - 0.18), "o", color=color, alpha=0.35, markersize=4)
+            axes.hlines(i, low, high, color=color, linewidth=2)
+            axes.plot(mean, i, "o", color=color)
+        axes.axvline(0, color=GREY, linewidth=0.8, linestyle=":")
+        axes.set(yticks=range(len(names)), yticklabels=names, xlabel="millinats a vote over DPO", title=title)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", linewidth=0.3)
+    figure.suptitle("Log-likelihood of votes of raters not seen, on sentences not seen (small dots: one seed each)")
     return figure

