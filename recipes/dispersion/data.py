@@ -41,7 +41,7 @@ LEAST_AGREEMENT = 0.505  # of a pair that splits its raters evenly: at 1/2 its w
 
 
 class Sentence(NamedTuple):
-    """A text, its domain (a key of DOMAINS) and one whole score a rater."""
+    """A text, its domain (a key of DOMAINS) and one whole score a rater, two or more."""
 
     domain: str
     text: str
@@ -131,8 +131,8 @@ def _rows(files, name, columns):
 
 def _scores(text, where):
     scores = json.loads(text)
-    if not scores or not all(type(score) is int and LOWEST <= score <= HIGHEST for score in scores):
-        raise ValueError(f"{where}: expected whole scores from {LOWEST} to {HIGHEST}, got {text[:60]}")
+    if len(scores) < 2 or not all(type(score) is int and LOWEST <= score <= HIGHEST for score in scores):
+        raise ValueError(f"{where}: expected two or more whole scores from {LOWEST} to {HIGHEST}, got {text[:60]}")
     return tuple(scores)
 
 

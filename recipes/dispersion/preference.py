@@ -38,8 +38,11 @@ def draw_votes(sentences, members, count, seen, unseen, generator):
     """`count` random pairs within domains and their votes; pairs whose unseen raters all tie are left out.
 
     Args:
-        sentences: list of Sentence. members: rows that may be drawn.
+        sentences: list of Sentence. members: rows that may be drawn, two or more of each domain.
         seen, unseen: a list of scores for each sentence.
+
+    Raises:
+        ValueError: nothing but ties.
     """
     domains = by_domain([sentences[row].domain for row in members])
     pairs = []
@@ -50,6 +53,8 @@ def draw_votes(sentences, members, count, seen, unseen, generator):
     pairs = np.concatenate(pairs)
     shares = np.array([win_shares(unseen[a], unseen[b]) for a, b in pairs])
     pairs, shares = pairs[shares[:, 1] < 1], shares[shares[:, 1] < 1]
+    if not len(pairs):
+        raise ValueError(f"the raters tie on each of {count} pairs: there is nothing to prefer")
     vote = np.array([np.sign(generator.choice(seen[a]) - generator.choice(seen[b])) for a, b in pairs])
     seen_share = np.array([preference_share(seen[a], seen[b]) for a, b in pairs])
     return Votes(pairs, shares[:, 0] / (1 - shares[:, 1]), seen_share, vote > 0, vote == 0)
@@ -65,7 +70,8 @@ def fit_head(features, chosen, rejected, neg_log_dispersion, penalty, start=None
     """
     weights = torch.zeros(features.shape[1], dtype=torch.float64) if start is None else start.clone()
     weights.requires_grad_()
-    optimiser = torch.optim.LBFGS([weights], max_iter=300, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    stop = {"max_iter": 300, "tolerance_grad": 1e-6, "tolerance_change": 1e-12}
+    optimiser = torch.optim.LBFGS([weights], line_search_fn="strong_wolfe", **stop)
 
     def closure():
         optimiser.zero_grad()
@@ -124,6 +130,8 @@ def run_seed(sentences, found, vocabulary, seed, train_votes, held_out_pairs):
     fitted = features[members["fit"]]
     features = (features - fitted.mean(0)) / (fitted.std(0) + 1e-6) / features.shape[1] ** 0.5
     fit = votes["fit"]
+    if fit.tied.all():
+        raise ValueError(f"each of {len(fit.tied)} votes to train on is a tie; draw more with train_votes")
     kept = torch.as_tensor(~fit.tied)
     rows = torch.as_tensor(np.where(fit.first_chosen[:, None], fit.rows, fit.rows[:, ::-1]))[kept]
     result = {}

