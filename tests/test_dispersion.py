@@ -21,7 +21,9 @@ from mallowspo.dispersion import (
     agreement_to_neg_log_dispersion,
     calibrated_scale,
     fingerprint,
+    fit_log_odds,
     load_cache,
+    log_odds_to_neg_log_dispersion,
     save_cache,
 )
 
@@ -66,6 +68,77 @@ def test_agreement_outside_its_range(value):
 def test_a_link_without_dispersion_has_no_inverse(link):
     with pytest.raises(ValueError, match=f"'{link}' has no dispersion.*mallows-phi"):
         agreement_to_neg_log_dispersion([0.7], link)
+
+
+# A model's opinion
+
+LOG_ODDS = st.lists(st.floats(-20, 20), min_size=1, max_size=20)
+
+
+@given(LOG_ODDS, st.sampled_from(sorted(F.MALLOWS_LINKS)), st.floats(-3, 3), st.floats(0, 3))
+def test_log_odds_stand_for_the_agreement_that_the_link_then_returns(log_odds, link, offset, slope):
+    a = log_odds_to_neg_log_dispersion(log_odds, link, offset=offset, slope=slope)
+    logit = np.array([max(offset + slope * abs(x), 0.0) for x in log_odds])
+    assert a.dtype == np.float64 and a == pytest.approx(logit / (1 if link == "mallows-phi" else 2))
+    known = logit[(logit > 1e-6) & (logit < np.log(99))]
+    if len(known):
+        share = 1 / (1 + np.exp(-known))
+        expected = agreement_to_neg_log_dispersion(share, link)
+        assert log_odds_to_neg_log_dispersion(-known, link) == pytest.approx(expected, rel=1e-6)
+
+
+@given(st.integers(0, 10**6), st.floats(-1, 1), st.floats(0.1, 2))
+def test_offset_and_slope_are_found_again(seed, offset, slope):
+    index = np.random.default_rng(seed).uniform(1.5, 3, 30)
+    logit = offset + slope * index
+    index, logit = index[(logit >= 0) & (logit < 4.5)], logit[(logit >= 0) & (logit < 4.5)]
+    if len(index) < 3:
+        return
+    signs = np.where(np.arange(len(index)) % 2, 1, -1)
+    assert fit_log_odds(signs * index, 1 / (1 + np.exp(-logit))) == pytest.approx((offset, slope), abs=1e-3)
+
+
+@pytest.mark.parametrize("index", [[1.0, 2.0, 3.0], [2.0, 2.0, 2.0]], ids=["the wrong way round", "all the same"])
+def test_an_index_that_says_nothing_gives_the_mean_agreement(index):
+    assert fit_log_odds(index, [0.9, 0.8, 0.55]) == pytest.approx((np.log(3), 0.0))
+
+
+def test_fitted_line_beats_its_neighbours():
+    generator = np.random.default_rng(0)
+    index, agreement = generator.exponential(size=200), generator.uniform(0.5, 1, 200)
+    agreement = np.maximum(agreement, 1 / (1 + np.exp(-0.5 * index)))
+
+    def likelihood(offset, slope):
+        share, target = 1 / (1 + np.exp(-offset - slope * index)), np.minimum(agreement, AGREEMENT_CEILING)
+        return np.sum(target * np.log(share) + (1 - target) * np.log(1 - share))
+
+    offset, slope = fit_log_odds(index, agreement)
+    assert slope > 0.05
+    for change in (1e-3, -1e-3):
+        assert likelihood(offset, slope) > likelihood(offset + change, slope)
+        assert likelihood(offset, slope) > likelihood(offset, slope + change)
+
+
+@pytest.mark.parametrize(
+    ("log_odds", "agreement", "message"),
+    [
+        ([1.0, np.nan], [0.6, 0.7], "log_odds must be finite, got nan"),
+        ([1.0, 2.0], [0.6], r"shapes \(1,\) and \(2,\)"),
+        ([], [], r"shapes \(0,\)"),
+        ([1.0, 2.0], [0.6, 0.4], r"\[0.5, 1\], got 0.4 at index 1"),
+        ([1.0], [np.nan], "got nan at index 0"),
+    ],
+)
+def test_bad_opinions(log_odds, agreement, message):
+    with pytest.raises(ValueError, match=message):
+        fit_log_odds(log_odds, agreement)
+
+
+def test_log_odds_that_cannot_be_a_dispersion():
+    with pytest.raises(ValueError, match="log_odds must be finite, got -inf"):
+        log_odds_to_neg_log_dispersion([0.0, -np.inf], "mallows-theta")
+    with pytest.raises(ValueError, match="'ipo' has no dispersion"):
+        log_odds_to_neg_log_dispersion([1.0], "ipo")
 
 
 # Scale

@@ -5,7 +5,8 @@ a = -log phi >= 0 throughout. Three sources, all before the scale:
 - ``entropy``: :func:`mallowspo.functional.neg_log_dispersion` of the reference model's token entropies;
 - ``agreement``: the share s of annotators who chose the chosen response, through the inverse of the link at a rank
   difference of one (:func:`agreement_to_neg_log_dispersion`);
-- ``neg_log_dispersion``: given as it is.
+- ``neg_log_dispersion``: given as it is, for instance made from a judging model's preference
+  (:func:`log_odds_to_neg_log_dispersion`).
 """
 
 import json
@@ -107,10 +108,10 @@ def fit_log_odds(log_odds, agreement):
 
 
 def _finite_size(log_odds):
-    size = np.abs(np.asarray(log_odds, dtype=np.float64))
-    if not np.isfinite(size).all():
-        raise ValueError(f"log_odds must be finite, got {size[~np.isfinite(size)][0]}")
-    return size
+    log_odds = np.asarray(log_odds, dtype=np.float64)
+    if not np.isfinite(log_odds).all():
+        raise ValueError(f"log_odds must be finite, got {log_odds[~np.isfinite(log_odds)][0]}")
+    return np.abs(log_odds)
 
 
 def calibrated_scale(neg_log_dispersion):
