@@ -16,6 +16,7 @@ from mallowspo.dispersion import calibrated_scale, fit_log_odds, log_odds_to_neg
 
 PARTS = {"fit": 0.6, "validation": 0.15, "held out": 0.25}  # of the sentences of each domain
 PENALTIES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
+TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # the scores are multiplied by one
 DPO, TRUE = "DPO", "true agreement (seen raters)"
 SHUFFLED = "entropy index, shuffled"
 FITTED = {PAPER: "entropy index, fitted", ASKED: "asked margin, fitted"}
@@ -108,9 +109,10 @@ def run_seed(sentences, found, vocabulary, seed, train_votes, held_out_pairs):
         train_votes, held_out_pairs: pairs to draw; ties are then left out.
 
     Returns:
-        {method: {"log_likelihood", "accuracy", "penalty", "without"}}, with PEOPLE as a last one that has the first
-        two, and {"votes", "tied"}: the number of training votes, and the share of ties among those drawn. ``without``
-        is Bradley-Terry's log-likelihood with the same scores: the dispersion is used in training only.
+        {method: {"log_likelihood", "accuracy", "penalty", "temperature", "without"}}, with PEOPLE as a last one that
+        has the first two, and {"votes", "tied"}: how many training votes, and the share of ties among those drawn.
+        Penalty and temperature are those of the greatest likelihood of the validation votes. ``without`` is
+        Bradley-Terry's log-likelihood, the dispersion used in training only, penalty and temperature chosen for it.
     """
     generator = np.random.default_rng(seed)
     members = {part: [] for part in PARTS}
@@ -137,22 +139,26 @@ def run_seed(sentences, found, vocabulary, seed, train_votes, held_out_pairs):
     result = {}
     for method in METHODS:
         a = dispersion[method]
-        weights, known, without = None, [], []
+        weights, scores = None, {}
         for penalty in PENALTIES:
             weights = fit_head(features, *rows.T, a and a["fit"][kept], penalty, weights)
-            scores = features @ weights
-            for tried, told in ((known, a), (without, None)):
-                on = [judge(scores, votes[part], told and told[part]) for part in ("validation", "held out")]
-                tried.append((on[0][0], penalty, *on[1]))
-        _, penalty, likelihood, accuracy = max(known)
-        result[method] = {"log_likelihood": likelihood, "accuracy": accuracy, "penalty": penalty}
-        result[method]["without"] = max(without)[2]
+            scores |= {(penalty, temperature): temperature * (features @ weights) for temperature in TEMPERATURES}
+        known, without = (_judge_best(scores, votes, told) for told in (a, None))
+        result[method] = known | {"without": without["log_likelihood"]}
     held = votes["held out"]
     belief = held.seen_share.clip(1 - CERTAIN, CERTAIN)
     likelihood = held.wins * np.log(belief) + (1 - held.wins) * np.log1p(-belief)
     right = np.where(belief == 0.5, 0.5, np.where(belief > 0.5, held.wins, 1 - held.wins))
     result[PEOPLE] = {"log_likelihood": float(likelihood.mean()), "accuracy": float(right.mean())}
     return result | {"votes": int(kept.sum()), "tied": float(fit.tied.mean())}
+
+
+def _judge_best(scores, votes, dispersion):
+    """The held-out numbers of those scores {(penalty, temperature): [S]} that the validation votes choose."""
+    told = dispersion or dict.fromkeys(votes)
+    best = max(scores, key=lambda choice: judge(scores[choice], votes["validation"], told["validation"]))
+    likelihood, accuracy = judge(scores[best], votes["held out"], told["held out"])
+    return {"log_likelihood": likelihood, "accuracy": accuracy, "penalty": best[0], "temperature": best[1]}
 
 
 def _dispersions(votes, found, vocabulary, generator):

@@ -14,7 +14,7 @@ from preference import DPO, METHODS, PEOPLE
 from mallowspo.dispersion import fit_log_odds
 from mallowspo.files import write_whole
 
-RESAMPLES = 2000
+RESAMPLES = 1000
 BINS = 8
 HALF, DISTANCE, SPREAD = "the other half of the raters", "distance of the mean scores", "scatter of the scores"
 # 97.5% quantiles of Student's t by degrees of freedom, 1 to 19; beyond, the last is a little too wide.
@@ -33,10 +33,13 @@ def ranks(values):
 
 def rank_correlation(first, second):
     """Spearman's; 0 where either has only ties."""
-    first, second = ranks(first), ranks(second)
-    if not first.std() or not second.std():
-        return 0.0
-    return float(np.corrcoef(first, second)[0, 1])
+    return _correlation(ranks(first), ranks(second))
+
+
+def _correlation(first, second):
+    first, second = first - first.mean(), second - second.mean()
+    size = math.sqrt((first @ first) * (second @ second))
+    return float(first @ second) / size if size else 0.0
 
 
 def people(pairs, seed=0):
@@ -81,26 +84,27 @@ def correlations(predicted, facts, domains, seed=0):
         predicting the other), DISTANCE, SPREAD.
     """
     groups = by_domain(domains)
-    columns = {name: (values, facts["agreement"]) for name, values in predicted.items()}
-    columns |= {HALF: tuple(facts["halves"]), DISTANCE: (facts["distance"], facts["agreement"])}
-    columns[SPREAD] = (-facts["scatter"], facts["agreement"])
+    mirrored, target = facts["halves"]
+    names = [*predicted, HALF, DISTANCE, SPREAD]
+    columns = predicted | {HALF: mirrored, DISTANCE: facts["distance"], SPREAD: -facts["scatter"]}
+    columns |= {"half": target, "agreement": facts["agreement"], "untied": facts["untied"]}
 
     def once(groups):
-        rows = np.concatenate(list(groups.values()))
         found = {}
-        for name, (index, target) in columns.items():
-            found[name, "all"] = rank_correlation(index[rows], target[rows])
-            found[name, "untied"] = rank_correlation(index[rows], facts["untied"][rows])
-            found[name, "scatter"] = rank_correlation(index[rows], -facts["scatter"][rows])
-            for domain, part in groups.items():
-                found[name, domain] = rank_correlation(index[part], target[part])
-        return found | {(name, "gain"): found[name, "all"] - found[PAPER, "all"] for name in columns}
+        for part, rows in {"all": np.concatenate(list(groups.values())), **groups}.items():
+            ranked = {name: ranks(values[rows]) for name, values in columns.items()}
+            for name in names:
+                found[name, part] = _correlation(ranked[name], ranked["half" if name == HALF else "agreement"])
+                if part == "all":
+                    found[name, "untied"] = _correlation(ranked[name], ranked["untied"])
+                    found[name, "scatter"] = _correlation(ranked[name], ranked[SPREAD])
+        return found | {(name, "gain"): found[name, "all"] - found[PAPER, "all"] for name in names}
 
     value, generator = once(groups), np.random.default_rng(seed)
     draws = [
         once({domain: generator.choice(rows, len(rows)) for domain, rows in groups.items()}) for _ in range(RESAMPLES)
     ]
-    result = {name: {} for name in columns}
+    result = {name: {} for name in names}
     for (name, what), number in value.items():
         low, high = np.quantile([draw[name, what] for draw in draws], [0.025, 0.975])
         result[name][what] = (number, float(low), float(high))
@@ -174,7 +178,7 @@ def seed_summary(seeds):
     """{method: {"log_likelihood", "accuracy", "gain", "gain_without"}}: (mean, low, high) over seeds.
 
     The gains are over DPO with the same seed, ``gain_without`` with the dispersion in training only. The intervals are
-    Student's; seeds share their sentences.
+    Student's. Seeds share their sentences, so that another set of sentences may differ by more.
     """
     dpo = np.array([seed[DPO]["log_likelihood"] for seed in seeds])
     result = {}

@@ -70,7 +70,8 @@ def train_seeds(recipe, pairs, found, vocabulary, cache_dir):
     sentences = [sentence for pair in pairs for sentence in pair]
     columns = {name: column.flatten(0, 1) for name, column in found.items() if name != "chosen"}
     sizes = recipe.train_votes, recipe.held_out_pairs
-    facts = [sentences, vocabulary, sizes, preference.METHODS, preference.PENALTIES]
+    grid = preference.METHODS, preference.PENALTIES, preference.TEMPERATURES
+    facts = [sentences, vocabulary, sizes, *grid]
     digest = xxhash.xxh3_128(repr(facts).encode())
     for column in columns.values():
         digest.update(column.numpy())
