@@ -232,6 +232,25 @@ def test_judging_counts_each_side_of_the_votes():
     assert accuracy == pytest.approx((0.9 + 0.5) / 2)
 
 
+def test_the_validation_votes_choose_and_the_held_out_ones_judge():
+    def votes(wins):
+        return preference.Votes(np.array([[0, 1], [1, 2]]), np.array(wins), None, None, None)
+
+    scores = {name: torch.tensor(values, dtype=torch.float64) for name, values in
+              {(1.0, 1.0): [2, 0, -2], (1.0, 2.0): [0, 2, 4]}.items()}  # fmt: skip
+    drawn = {"validation": votes([0.9, 0.9]), "held out": votes([0.2, 0.2])}
+    got = preference._judge_best(scores, drawn, None)
+    assert (got["penalty"], got["temperature"]) == (1.0, 1.0)
+    p = 1 / (1 + math.exp(-2))
+    assert got["log_likelihood"] == pytest.approx(0.2 * math.log(p) + 0.8 * math.log(1 - p))
+    assert got["accuracy"] == pytest.approx(0.2)
+    # With a dispersion of its own for each part, the theta link's factor 2 a = 2 at the judgement.
+    told = {part: torch.ones(2, dtype=torch.float64) for part in drawn}
+    p = 1 / (1 + math.exp(-4))
+    got = preference._judge_best(scores, drawn, told)
+    assert got["log_likelihood"] == pytest.approx(0.2 * math.log(p) + 0.8 * math.log(1 - p))
+
+
 def test_votes_are_of_seen_raters_and_judged_by_the_unseen():
     sentences = [data.Sentence("tweet", str(i), ()) for i in range(4)]
     seen, unseen = [[3], [1], [1], [0]], [[0, 0], [0, 1], [2, 2], [0, 0]]
