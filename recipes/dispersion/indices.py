@@ -117,18 +117,21 @@ class _Reader:
 
     def write(self, name, prompt, texts):
         """:func:`sentence_stats` of texts behind one prompt."""
-        return self._cached(
-            name, sentence_stats, [self._ids(prompt)] * len(texts), [self._ids(text) for text in texts]
-        )
+        prompts = [self._begin(prompt)] * len(texts)
+        return self._cached(name, sentence_stats, prompts, [self._continue(text) for text in texts])
 
     def ask(self, name, questions, answers):
         """:func:`answer_log_odds`; ValueError for answers that begin with the same token."""
-        first, second = (self._ids(answer)[0] for answer in answers)
+        first, second = (self._continue(answer)[0] for answer in answers)
         if first == second:
             raise ValueError(f"the answers {answers} begin with the same token, so they cannot be told apart")
-        return self._cached(name, answer_log_odds, [self._ids(text) for text in questions], (first, second))["odds"]
+        questions = [self._begin(text) for text in questions]
+        return self._cached(name, answer_log_odds, questions, (first, second))["odds"]
 
-    def _ids(self, text):
+    def _begin(self, text):
+        return self.tokenizer(text)["input_ids"]  # with a BOS where the tokenizer has one
+
+    def _continue(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _cached(self, name, compute, *inputs):

@@ -415,6 +415,21 @@ def test_an_interrupted_stage_is_done_again_and_no_other(tmp_path, monkeypatch, 
     assert len(list(cache.glob("*.safetensors"))) == passes and (tmp_path / "out" / "results.json").exists()
 
 
+@torch.no_grad()
+def test_what_begins_a_sequence_has_the_tokenizers_bos(tmp_path, monkeypatch, language_model, tiny_tokenizer):
+    def with_bos(text, add_special_tokens=True):
+        return {"input_ids": [7] * add_special_tokens + tiny_tokenizer(text, add_special_tokens=False)["input_ids"]}
+
+    read = []
+    real = indices._hidden_states
+    monkeypatch.setattr(indices, "_hidden_states", lambda m, batch: read.append(batch["input_ids"]) or real(m, batch))
+    reader = indices._Reader(language_model, with_bos, tmp_path, 4, indices.tqdm(disable=True))
+    reader.write("write", "a:", ["good", "bad"])
+    reader.ask("ask", ["good?", "bad?"], ("yes", "no"))
+    for batch in read:
+        assert (batch == 7).sum(1).tolist() == [1, 1] and (batch[:, 0] == 7).all()
+
+
 def test_answers_with_one_first_token_are_refused(tmp_path, language_model, tiny_tokenizer):
     pair = tuple(data.Sentence("tweet", text, (0,)) for text in ("one two", "three"))
     with pytest.raises(ValueError, match="begin with the same token"):
