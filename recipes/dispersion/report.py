@@ -31,12 +31,8 @@ def ranks(values):
     return (np.cumsum(counts) - (counts - 1) / 2)[group]
 
 
-def rank_correlation(first, second):
-    """Spearman's; 0 where either has only ties."""
-    return _correlation(ranks(first), ranks(second))
-
-
-def _correlation(first, second):
+def correlation(first, second):
+    """Pearson's; 0 where either has only ties."""
     first, second = first - first.mean(), second - second.mean()
     size = math.sqrt((first @ first) * (second @ second))
     return float(first @ second) / size if size else 0.0
@@ -84,20 +80,20 @@ def correlations(predicted, facts, domains, seed=0):
         predicting the other), DISTANCE, SPREAD.
     """
     groups = by_domain(domains)
-    mirrored, target = facts["halves"]
+    one_half, other_half = facts["halves"]
     names = [*predicted, HALF, DISTANCE, SPREAD]
-    columns = predicted | {HALF: mirrored, DISTANCE: facts["distance"], SPREAD: -facts["scatter"]}
-    columns |= {"half": target, "agreement": facts["agreement"], "untied": facts["untied"]}
+    columns = predicted | {HALF: one_half, DISTANCE: facts["distance"], SPREAD: -facts["scatter"]}
+    columns |= {"half": other_half, "agreement": facts["agreement"], "untied": facts["untied"]}
 
     def once(groups):
         found = {}
         for part, rows in {"all": np.concatenate(list(groups.values())), **groups}.items():
             ranked = {name: ranks(values[rows]) for name, values in columns.items()}
             for name in names:
-                found[name, part] = _correlation(ranked[name], ranked["half" if name == HALF else "agreement"])
+                found[name, part] = correlation(ranked[name], ranked["half" if name == HALF else "agreement"])
                 if part == "all":
-                    found[name, "untied"] = _correlation(ranked[name], ranked["untied"])
-                    found[name, "scatter"] = _correlation(ranked[name], ranked[SPREAD])
+                    found[name, "untied"] = correlation(ranked[name], ranked["untied"])
+                    found[name, "scatter"] = correlation(ranked[name], ranked[SPREAD])
         return found | {(name, "gain"): found[name, "all"] - found[PAPER, "all"] for name in names}
 
     value, generator = once(groups), np.random.default_rng(seed)

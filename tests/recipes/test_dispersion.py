@@ -323,8 +323,28 @@ def test_calibration_of_a_true_index_a_shifted_and_a_useless_one(monkeypatch):
 
 def test_rank_correlation_with_ties():
     assert report.ranks([3, 1, 3, 2]).tolist() == [3.5, 1, 3.5, 2]
-    assert report.rank_correlation([1, 2, 3, 4], [10, 20, 40, 30]) == pytest.approx(0.8)
-    assert report.rank_correlation([1, 1, 1], [1, 2, 3]) == 0.0
+    assert report.correlation(report.ranks([1, 2, 3, 4]), report.ranks([10, 20, 40, 30])) == pytest.approx(0.8)
+    assert report.correlation(np.ones(3), np.arange(3)) == 0.0
+
+
+def test_correlations_by_domain_and_with_intervals(monkeypatch):
+    monkeypatch.setattr(report, "RESAMPLES", 200)
+    generator = np.random.default_rng(0)
+    agreement, domains = generator.uniform(0.5, 1, 80), ["tweet"] * 40 + ["movie review"] * 40
+    facts = {"agreement": agreement, "halves": np.array([agreement, agreement**2]), "untied": -agreement}
+    facts |= {"distance": agreement + generator.normal(0, 0.1, 80), "scatter": generator.random(80)}
+    turned = np.where(np.arange(80) < 40, agreement, -agreement)
+    found = report.correlations({indices.PAPER: -agreement, "turned": turned}, facts, domains)
+    assert found[indices.PAPER]["all"] == pytest.approx((-1, -1, -1))
+    assert found[indices.PAPER]["untied"] == pytest.approx((1, 1, 1))
+    assert found["turned"]["tweet"] == pytest.approx((1, 1, 1))
+    assert found["turned"]["movie review"] == pytest.approx((-1, -1, -1))
+    assert found["turned"]["gain"][0] == pytest.approx(found["turned"]["all"][0] + 1)
+    assert found[report.HALF]["all"] == pytest.approx((1, 1, 1))
+    value, low, high = found[report.DISTANCE]["all"]
+    assert 0.5 < low < value < high < 1
+    # About as wide as theory says for 80 pairs: 2 * 1.96 * (1 - r^2) / sqrt(80).
+    assert high - low == pytest.approx(2 * 1.96 * (1 - value**2) / math.sqrt(80), rel=0.5)
 
 
 def test_intervals_over_seeds_are_students():
