@@ -227,21 +227,32 @@ def write_report(output_dir, pairs, predicted, seeds, settings, versions):
     scaled = calibration(predicted, facts["agreement"])
     trained = seed_summary(seeds)
     of_domains = domain_facts(pairs, predicted, facts)
+    figures = {
+        "correlation": (
+            plot_correlations(found),
+            "Rank correlation of each index with the raters' agreement, over all pairs and by domain, 95% intervals.",
+        ),
+        "calibration": (
+            plot_calibration(scaled),
+            "Raters' agreement against that which an index predicts, in bins of equally many pairs: with one scale, as "
+            "in the paper (grey), and with an offset and a slope (colour).",
+        ),
+        "preference": (
+            plot_preference(seeds, trained),
+            "Gain over DPO in log-likelihood of votes not seen: each seed, the mean and its 95% interval.",
+        ),
+    }
     text = _table(found, scaled, trained, of_domains, seeds)
+    text += "\n".join(["", "## Plots", "", *(f"![{caption}]({name}.png)\n" for name, (_, caption) in figures.items())])
     results = {"domains": of_domains, "correlation": found, "calibration": scaled, "preference": trained}
     results |= {"seeds": seeds, "settings": settings, "versions": versions}
     write_whole(output_dir / "results.json", json.dumps(results, indent=2, allow_nan=False).encode())
     write_whole(output_dir / "results.md", text.encode())
-    _write_figure(output_dir / "correlation.png", plot_correlations(found))
-    _write_figure(output_dir / "calibration.png", plot_calibration(scaled))
-    _write_figure(output_dir / "preference.png", plot_preference(seeds, trained))
+    for name, (figure, _) in figures.items():
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=130)
+        write_whole(output_dir / f"{name}.png", image.getvalue())
     return text
-
-
-def _write_figure(path, figure):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    write_whole(path, buffer.getvalue())
 
 
 def _interval(interval, digits=2, sign="+"):

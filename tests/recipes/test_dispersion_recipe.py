@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import tarfile
 from itertools import product
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from load_recipe import import_recipe
+from load_recipe import RECIPES, import_recipe
 
 from mallowspo.modeling import attach_token_stats
 
@@ -390,6 +391,8 @@ def test_a_whole_run_and_its_cache(tmp_path, monkeypatch, small_options):
     run.main(small_options)
     names = {"results.json", "results.md", "correlation.png", "calibration.png", "preference.png", "cache"}
     assert {path.name for path in output.iterdir()} == names
+    text = (output / "results.md").read_text()
+    assert all(f"({name})" in text for name in names if name.endswith(".png"))
     results = json.loads((output / "results.json").read_text())
     assert [row["pairs"] for row in results["domains"].values()] == [8] * 4
     assert all(-1 <= row["all"][0] <= 1 for row in results["correlation"].values())
@@ -454,3 +457,12 @@ def test_answers_with_one_first_token_are_refused(tmp_path, language_model, tiny
     pair = tuple(data.Sentence("tweet", text, (0,)) for text in ("one two", "three"))
     with pytest.raises(ValueError, match="begin with the same token"):
         indices.read_with_model(language_model, tiny_tokenizer, [pair], tmp_path, 4)
+
+
+def test_the_code_of_the_page_runs():
+    (block,) = re.findall(r"^```python\n(.*?)^```", (RECIPES / "dispersion" / "README.md").read_text(), re.M | re.S)
+    namespace = {}
+    exec(compile(block, "README.md", "exec"), namespace)
+    offset, slope = namespace["offset"], namespace["slope"]
+    expected = [(offset + slope * size) / 2 for size in (2.1, 0.3, 0.8, 1.5)]
+    assert slope > 0 and namespace["pairs"]["neg_log_dispersion"][:] == pytest.approx(expected)
