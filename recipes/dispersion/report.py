@@ -234,7 +234,7 @@ def write_report(output_dir, pairs, predicted, seeds, settings, versions):
         ),
         "calibration": (
             plot_calibration(scaled),
-            "Raters' agreement against that which an index predicts, in bins of equally many pairs: with one scale, as "
+            "Raters' agreement against that which an index predicts, in bins of equally many pairs: with a scale, as "
             "in the paper (grey), and with an offset and a slope (colour).",
         ),
         "preference": (
