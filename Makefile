@@ -1,7 +1,4 @@
 # make demo         set everything up and fine-tune a real language model on human-written dialogue
-# make bandit       set everything up and compare the losses where the truth is known (outputs/bandit/report.html)
-# make control      set everything up and plot reward against KL (outputs/controllable-generation/report.html)
-# make dispersion   set everything up and compare a language model's entropy with people's disagreement
 # make test         set everything up and run the tests
 # make recipes      set everything up and run the four experiments below that the README's evidence is from
 #   bandit, control, dialogue, dispersion, and besides them diffusion, rounds: each ends with a page, outputs/.../report.html
@@ -19,8 +16,6 @@ NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
 EXPERIMENTS := bandit control dialogue dispersion diffusion rounds
 
 .PHONY: setup demo test recipes $(EXPERIMENTS) benchmark benchmark-step lint format clean
-.PHONY: setup demo bandit control test benchmark benchmark-step lint format clean
-.PHONY: setup demo bandit dispersion test benchmark benchmark-step lint format clean
 setup: $(VENV)/installed
 
 $(VENV)/python:
@@ -53,14 +48,6 @@ $(EXPERIMENTS): setup
 	$(BIN)/python -m mallowspo.report $(lastword $(RUN))
 
 recipes: bandit control dialogue dispersion
-
-control: setup
-	$(BIN)/python recipes/controllable_generation/run.py
-	$(BIN)/python -m mallowspo.report outputs/controllable-generation
-
-dispersion: setup
-	$(BIN)/python recipes/dispersion/run.py
-	$(BIN)/python -m mallowspo.report outputs/dispersion
 
 test: setup
 	$(BIN)/python -m pytest

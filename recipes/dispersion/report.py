@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 
 import numpy as np
-from data import DOMAINS, by_domain, preference_share, real_dispersion, win_shares
+from data import by_domain, preference_share, real_dispersion, win_shares
 from indices import PAPER
 from matplotlib.figure import Figure
 from preference import DPO, METHODS, PEOPLE
 
 from mallowspo.dispersion import fit_log_odds
 from mallowspo.files import write_whole
+from reviews import DOMAINS
 
 RESAMPLES = 1000
 BINS = 8

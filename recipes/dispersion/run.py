@@ -29,6 +29,7 @@ import report
 
 import mallowspo
 import models
+import reviews
 from mallowspo.files import write_whole
 from options import parse_options
 
@@ -91,7 +92,7 @@ def train_seeds(recipe, pairs, found, vocabulary, cache_dir):
 def main(arguments=None):
     recipe = parse_arguments(arguments)
     cache_dir = Path(recipe.output_dir) / "cache"
-    sentences = data.read_sentences(data.fetch_archive(), recipe.min_words, recipe.max_words)
+    sentences = reviews.read_sentences(reviews.fetch_archive(), recipe.min_words, recipe.max_words)
     pairs = data.draw_pairs(sentences, recipe.pairs_per_domain, recipe.seed)
     folder = models.model_folder(recipe.model)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=recipe.dtype)

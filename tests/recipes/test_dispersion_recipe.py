@@ -17,7 +17,9 @@ from load_recipe import RECIPES, import_recipe
 
 from mallowspo.modeling import attach_token_stats
 
-data, indices, preference, report, run = import_recipe("dispersion", "data", "indices", "preference", "report", "run")
+data, indices, preference, report, run, reviews = import_recipe(
+    "dispersion", "data", "indices", "preference", "report", "run", "reviews"
+)
 scores = st.lists(st.integers(-4, 4), min_size=1, max_size=8)
 INNER_FOLDER = "hutto_ICWSM_2014"
 WORDS = "good bad fine dull great poor nice sad".split()
@@ -27,7 +29,7 @@ def small_files(per_domain=16, raters=6):
     """{file name: text} in the archive's layout, with a byte order mark as some of its files have."""
     generator = np.random.default_rng(0)
     files = {}
-    for stem in data.DOMAINS.values():
+    for stem in reviews.DOMAINS.values():
         texts, ratings = [], []
         for i in range(per_domain):
             words = " ".join(generator.choice(WORDS, 4))
@@ -39,7 +41,7 @@ def small_files(per_domain=16, raters=6):
     return files
 
 
-def write_archive(path, files, inner_name=data.INNER):
+def write_archive(path, files, inner_name=reviews.INNER):
     def packed(entries):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
@@ -76,8 +78,8 @@ def test_the_real_dispersion_is_that_of_the_link():
 def test_sentences_come_with_every_rating(tmp_path):
     files = small_files()
     first = files["tweets_anonDataRatings.txt"].lstrip("\ufeff").splitlines()[0]
-    sentences = data.read_sentences(write_archive(tmp_path / "a.tar.gz", files))
-    assert list(sentences) == list(data.DOMAINS) and all(len(part) == 16 for part in sentences.values())
+    sentences = reviews.read_sentences(write_archive(tmp_path / "a.tar.gz", files))
+    assert list(sentences) == list(reviews.DOMAINS) and all(len(part) == 16 for part in sentences.values())
     tweet = sentences["tweet"][0]
     assert tweet.domain == "tweet" and tweet.text.endswith(" 0.") and not tweet.text.startswith(" ")
     assert list(tweet.ratings) == json.loads(first.split("\t")[3])
@@ -89,7 +91,7 @@ def test_lengths_and_repeated_texts_are_left_out(tmp_path):
         "1\t0\tToo short.\n2\t0\tthese are just five words\n3\t0\tTHESE are just five words\n"
     )
     files["tweets_anonDataRatings.txt"] = "".join(f"{i}\t0\t0\t[{i}, 0]\n" for i in (1, 2, 3))
-    (only,) = data.read_sentences(write_archive(tmp_path / "a.tar.gz", files))["tweet"]
+    (only,) = reviews.read_sentences(write_archive(tmp_path / "a.tar.gz", files))["tweet"]
     assert only.ratings == (2, 0)
 
 
@@ -106,32 +108,32 @@ def test_lengths_and_repeated_texts_are_left_out(tmp_path):
 def test_bad_files_are_named(tmp_path, change, message):
     files = {name: text for name, text in (small_files() | change).items() if text is not None}
     with pytest.raises(ValueError, match=message):
-        data.read_sentences(write_archive(tmp_path / "a.tar.gz", files))
+        reviews.read_sentences(write_archive(tmp_path / "a.tar.gz", files))
 
 
 def test_damaged_and_other_archives_are_refused(tmp_path):
     whole = write_archive(tmp_path / "a.tar.gz", small_files())
     (tmp_path / "cut.tar.gz").write_bytes(whole.read_bytes()[:2000])
     with pytest.raises(ValueError, match="cut.tar.gz is damaged .* delete it"):
-        data.read_sentences(tmp_path / "cut.tar.gz")
+        reviews.read_sentences(tmp_path / "cut.tar.gz")
     with pytest.raises(ValueError, match="take the source archive"):
-        data.read_sentences(write_archive(tmp_path / "b.tar.gz", {}, "README"))
+        reviews.read_sentences(write_archive(tmp_path / "b.tar.gz", {}, "README"))
 
 
 def test_missing_download_says_what_to_run(tmp_path, monkeypatch):
     monkeypatch.setenv("MALLOWSPO_CACHE", str(tmp_path))
-    failed = data.subprocess.CompletedProcess([], 1, stdout="ERROR: No matching distribution\n")
-    monkeypatch.setattr(data.subprocess, "run", lambda *a, **k: failed)
+    failed = reviews.subprocess.CompletedProcess([], 1, stdout="ERROR: No matching distribution\n")
+    monkeypatch.setattr(reviews.subprocess, "run", lambda *a, **k: failed)
     with pytest.raises(RuntimeError, match=r"No matching distribution.*run: pip download --no-deps --no-binary vader"):
-        data.fetch_archive()
+        reviews.fetch_archive()
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / data.ARCHIVE).write_bytes(b"half a file")
+    (tmp_path / reviews.ARCHIVE).write_bytes(b"half a file")
     with pytest.raises(ValueError, match="delete it to fetch it again"):
-        data.fetch_archive()
+        reviews.fetch_archive()
 
 
 def test_pairs_are_disjoint_and_of_one_domain(tmp_path):
-    sentences = data.read_sentences(write_archive(tmp_path / "a.tar.gz", small_files()))
+    sentences = reviews.read_sentences(write_archive(tmp_path / "a.tar.gz", small_files()))
     pairs = data.draw_pairs(sentences, 8, seed=1)
     texts = [(s.domain, s.text) for pair in pairs for s in pair]
     assert len(texts) == len(set(texts)) == 64
@@ -253,7 +255,7 @@ def test_the_validation_votes_choose_and_the_held_out_ones_judge():
 
 
 def test_votes_are_of_seen_raters_and_judged_by_the_unseen():
-    sentences = [data.Sentence("tweet", str(i), ()) for i in range(4)]
+    sentences = [reviews.Sentence("tweet", str(i), ()) for i in range(4)]
     seen, unseen = [[3], [1], [1], [0]], [[0, 0], [0, 1], [2, 2], [0, 0]]
     votes = preference.draw_votes(sentences, np.arange(4), 400, seen, unseen, np.random.default_rng(0))
     for (a, b), win, share, chosen, tied in zip(*votes, strict=True):
@@ -265,7 +267,7 @@ def test_votes_are_of_seen_raters_and_judged_by_the_unseen():
 
 
 def test_nothing_but_ties_is_refused():
-    sentences, scores = [data.Sentence("tweet", str(i), ()) for i in range(4)], [[0]] * 4
+    sentences, scores = [reviews.Sentence("tweet", str(i), ()) for i in range(4)], [[0]] * 4
     with pytest.raises(ValueError, match="the raters tie on each of 40 pairs"):
         preference.draw_votes(sentences, np.arange(4), 40, scores, scores, np.random.default_rng(0))
 
@@ -297,7 +299,7 @@ def test_dispersions_are_told_by_name_and_have_mean_factor_one():
 
 def test_people_count_ties_half_or_not_at_all():
     def pair(first, second):
-        return data.Sentence("tweet", "a", first), data.Sentence("tweet", "b", second)
+        return reviews.Sentence("tweet", "a", first), reviews.Sentence("tweet", "b", second)
 
     facts = report.people([pair((2, 2), (1, 1)), pair((0, 0), (0, 0)), pair((1, 0), (0, 0)), pair((0, 0), (1, -1))])
     assert facts["agreement"].tolist() == [1, 0.5, 0.75, 0.5]
@@ -372,8 +374,8 @@ def test_options():
 @pytest.fixture
 def small_options(tmp_path, monkeypatch, tiny_model, tiny_tokenizer):
     """Options of a run of seconds, on a small archive and a tiny model."""
-    archive = write_archive(tmp_path / data.ARCHIVE, small_files())
-    monkeypatch.setattr(data, "ARCHIVE_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    archive = write_archive(tmp_path / reviews.ARCHIVE, small_files())
+    monkeypatch.setattr(reviews, "ARCHIVE_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
     monkeypatch.setenv("MALLOWSPO_CACHE", str(tmp_path))
     monkeypatch.setattr(report, "RESAMPLES", 20)
     monkeypatch.setattr(preference, "PENALTIES", (1.0, 0.1))
@@ -454,7 +456,7 @@ def test_what_begins_a_sequence_has_the_tokenizers_bos(tmp_path, monkeypatch, la
 
 
 def test_answers_with_one_first_token_are_refused(tmp_path, language_model, tiny_tokenizer):
-    pair = tuple(data.Sentence("tweet", text, (0,)) for text in ("one two", "three"))
+    pair = tuple(reviews.Sentence("tweet", text, (0,)) for text in ("one two", "three"))
     with pytest.raises(ValueError, match="begin with the same token"):
         indices.read_with_model(language_model, tiny_tokenizer, [pair], tmp_path, 4)
 
