@@ -143,7 +143,7 @@ REFUSED = [
     ({"gamma": float("inf")}, "gamma must be finite, got inf"),
     ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
     ({"loss_type": "robust-dpo", "label_smoothing": 0.0}, "robust=True corrects label_smoothing, which is 0"),
-    ({"smoothing": 0.5}, "smoothing=0.5 is read by link 'mallows-phi' alone"),
+    ({"smoothing": 0.5}, "smoothing=0.5 is read by the link 'mallows-phi' alone"),
     ({"sft_weight": -1.0}, "sft_weight must be finite and >= 0, got -1.0"),
     ({"loss_type": "d2po", "token_decay": 0.0}, r"token_decay must be in \(0, 1\]"),
     ({"loss_type": "sampo+simpo"}, "down_sampling=True takes the length out"),
