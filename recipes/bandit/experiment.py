@@ -144,6 +144,11 @@ def evaluate(problem, logits):
     }
 
 
+def evaluation_steps(steps):
+    """Steps after which to evaluate: 0, and up to EVALUATIONS others, the last among them."""
+    return sorted({0} | {round(steps ** (i / (EVALUATIONS - 1))) for i in range(EVALUATIONS)})
+
+
 def train(problem, betas, *, optimizer, steps):
     """Trains every policy from the reference on all its preferences at once, without batches.
 
@@ -161,7 +166,7 @@ def train(problem, betas, *, optimizer, steps):
     betas = torch.tensor(betas)
     rates = (1 / torch.maximum(betas, betas.square()))[:, None, None]
     optimizer = OPTIMIZERS[optimizer]([logits])
-    at = sorted({0} | {round(steps ** (i / (EVALUATIONS - 1))) for i in range(EVALUATIONS)})
+    at = evaluation_steps(steps)
     found = {name: [] for name in (*METRICS, "loss")}
     for step in range(steps + 1):
         optimizer.zero_grad()

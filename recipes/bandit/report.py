@@ -194,7 +194,7 @@ def write_report(settings, estimates, options, versions):
         )
     text = _table(settings, estimates, options)
     text += "\n".join(["", "## Plots", "", *(f"![{caption}]({name}.png)\n" for name, (_, caption) in figures.items())])
-    write_whole(output_dir / "results.json", json.dumps(_finite(results), indent=1, allow_nan=False).encode())
+    write_whole(output_dir / "results.json", json.dumps(finite(results), indent=1, allow_nan=False).encode())
     write_whole(output_dir / "results.md", text.encode())
     for name, (figure, _) in figures.items():
         image = io.BytesIO()
@@ -203,12 +203,12 @@ def write_report(settings, estimates, options, versions):
     return text
 
 
-def _finite(value):
+def finite(value):
     """The value with null for NaN, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -218,7 +218,7 @@ def _table(settings, estimates, options):
     lines += ["## The dispersion estimate", ""]
     lines += ["| distance | rank correlation with the truth | R2 with the best scale | best scale |", "|---" * 4 + "|"]
     for distance, found in estimates.items():
-        cells = [_plain(found[name]) for name in ("spearman", "r2", "scale")]
+        cells = [plain(found[name]) for name in ("spearman", "r2", "scale")]
         lines.append(f"| {distance} | " + " | ".join(cells) + " |")
     target = middle(options.kl_targets)
     lines += ["", f"## At a KL of {target} nats to the reference, averaged over contexts", ""]
@@ -229,23 +229,23 @@ def _table(settings, estimates, options):
             lines += ["", heading, "", f"| optimizer | method | {' | '.join(TITLES.values())} |"]
             lines += ["|---" * (2 + len(TITLES)) + "|"]
         for method, row in setting["matched"][str(target)].items():
-            cells = [_cell(method, row[name], more) for name, _, more in COMPARED]
+            cells = [cell(method, row[name], more) for name, _, more in COMPARED]
             lines.append(f"| {optimizer} | {method} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 
 
-def _plain(value):
+def plain(value):
     return f"{value['mean']:.3f} ± {value['half']:.3f}"
 
 
-def _cell(method, value, more_is_better):
+def cell(method, value, more_is_better):
     if math.isnan(value["mean"]):
         return "not reached"
     if method == "dpo":
-        return _plain(value)
+        return plain(value)
     difference, half = value["minus_dpo"]["mean"], value["minus_dpo"]["half"]
     if math.isnan(difference):
-        return f"{_plain(value)}, DPO not reached"
+        return f"{plain(value)}, DPO not reached"
     verdict = ""
     if abs(difference) > half:
         verdict = " ▲" if (difference > 0) == more_is_better else " ▼"
