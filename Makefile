@@ -1,7 +1,8 @@
 # make demo         set everything up and fine-tune a real language model on human-written dialogue
 # make test         set everything up and run the tests
 # make recipes      set everything up and run the four experiments below that the README's evidence is from
-#   bandit, control, dialogue, dispersion, and besides them diffusion, rounds: each ends with a page, outputs/.../report.html
+#   bandit, control, dialogue, dispersion, and besides them compare, diffusion, rounds: each ends with a page,
+#   outputs/.../report.html
 # make benchmark    set everything up, with the competitors, and measure (into benchmarks/results)
 #                   SELECT="-k bfloat16", say, measures a part of it (into outputs/benchmark)
 # make benchmark-step   the same for a whole training step beside TRL's; SELECT="--select LoRA", say, a part of it
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
 
-EXPERIMENTS := bandit control dialogue dispersion diffusion rounds
+EXPERIMENTS := bandit compare control dialogue dispersion diffusion rounds
 
 .PHONY: setup demo test recipes $(EXPERIMENTS) benchmark benchmark-step lint format clean
 setup: $(VENV)/installed
@@ -38,6 +39,7 @@ demo: setup
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/dialogue/run.py --config recipes/dialogue/demo.yaml
 
 bandit: RUN := bandit/run.py --output_dir outputs/bandit
+compare: RUN := bandit/compare.py --output_dir outputs/compare
 control: RUN := controllable_generation/run.py --output_dir outputs/controllable-generation
 dialogue: RUN := dialogue/win_rates.py --output_dir outputs/dialogue-win-rates
 dispersion: RUN := dispersion/run.py --output_dir outputs/dispersion

@@ -143,8 +143,8 @@ def host(objective):
 
 
 def is_held(objective):
-    """Whether a large beta holds the policy at the reference."""
-    return not objective.reference_free and objective.reference_mixing is None
+    """Whether a large beta holds the policy at the reference: not where the loss leaves it out or has no minimum."""
+    return not (objective.reference_free or objective.reference_mixing is not None or objective.robust)
 
 
 def run_setting(options, distance, preferences, optimizer):
@@ -166,17 +166,24 @@ def run_setting(options, distance, preferences, optimizer):
     reference = means(
         {name: x.double().numpy() for name, x in experiment.evaluate(problem, problem.ref_logps).items()}
     )
-    rows, seen = {}, {}
+    rows, first = {}, {}
     for name in tqdm((*presets(), *COMPOSITIONS, EARLY), desc=f"{distance}, {preferences}, {optimizer}"):
         objective = host(preset("dpo" if name == EARLY else name))
-        own = trained(objective)
-        if name != EARLY and is_held(objective):
-            finals = [trained(replace(objective, beta=beta)) for beta in options.betas]
-            path = {metric: np.stack([run[metric][-1] for run in finals]) for metric in own}
-            alike = seen.setdefault(replace(objective, beta=1.0), name)
+        own, same_as = trained(objective), None
+        if stopped_early := name == EARLY or not is_held(objective):
+            path = {metric: values[::-1] for metric, values in own.items()}
         else:
-            path, alike = {metric: values[::-1] for metric, values in own.items()}, name
-        rows[name] = {"path": path, "own_kl": own["kl"][-1], "same_as": None if alike == name else alike}
+            finals = [trained(replace(objective, beta=beta)) for beta in options.betas]
+            # Beyond the beta of the least KL, the optimiser's steps are too large for the loss.
+            kept = 1 + np.argmin([final["kl"][-1].mean() for final in finals])
+            path = {metric: np.stack([final[metric][-1] for final in finals[:kept]]) for metric in own}
+            same_as = first.setdefault(replace(objective, beta=1.0), name)
+        rows[name] = {
+            "path": path,
+            "own_kl": own["kl"][-1],
+            "stopped_early": stopped_early,
+            "same_as": None if same_as == name else same_as,
+        }
     return summarise(rows, reference, options)
 
 
@@ -184,12 +191,12 @@ def summarise(rows, reference, options):
     """The setting in numbers: means over seeds with half-widths.
 
     Args:
-        rows: {preset: {"path": {metric: [N, S]} from the policy nearest to the reference backwards, "own_kl": [S],
-            "same_as": preset or None}}. reference: {metric: [S]}.
+        rows: {preset: {"path": {metric: [N, S]} of policies nearer and nearer to the reference, by rising beta or, if
+            "stopped_early", by falling step; "own_kl": [S], "same_as": preset or None}}. reference: {metric: [S]}.
 
     Returns:
-        {"reference": ..., "rows": {preset: {"same_as", "own_kl": at the preset's own beta after all steps, "path_kl",
-        "matched": {KL: {metric: with "minus_dpo"}}}}}
+        {"reference": ..., "rows": {preset: {"stopped_early", "same_as", "path_kl", "own_kl": at the preset's own beta
+        after all steps, "matched": {KL: {metric: with "minus_dpo"}}}}}
     """
 
     def matched(name, target):
@@ -198,6 +205,7 @@ def summarise(rows, reference, options):
 
     found = {
         name: {
+            "stopped_early": row["stopped_early"],
             "same_as": row["same_as"],
             "own_kl": report.mean_and_half(row["own_kl"]),
             "path_kl": report.mean_and_half(row["path"]["kl"].T),
@@ -219,28 +227,22 @@ def summarise(rows, reference, options):
 
 
 def write_comparison(settings, options, versions):
-    """Writes results.json, results.md and comparison.png into ``options.output_dir``; returns the text of results.md."""
+    """Writes results.json, results.md and comparison.png into ``options.output_dir``; the text of results.md."""
     output_dir, target = Path(options.output_dir), str(report.middle(options.kl_targets))
     results = {", ".join(map(str, key)): setting for key, setting in settings.items()}
     results = {"results": results, "settings": asdict(options), "versions": versions}
     caption = f"Differences to DPO at a KL of {target} nats, seed by seed, with 95% t intervals."
     lines = ["# Every preset in the bandit", "", f"Means and 95% t intervals over {options.num_seeds} seeds.", ""]
-    lines += [
-        f"At a KL of {target} nats to the reference; in brackets the difference to DPO at that KL, seed by seed:"
-    ]
-    lines += ["▲ better, ▼ worse beyond the interval. KL: at the preset's own beta, after all steps."]
-    lines += [
-        "A preset that no beta holds at the reference is stopped early instead, at its own beta; so is the last row."
-    ]
+    lines += [f"At a KL of {target} nats to the reference. In brackets: the difference to DPO's, seed by seed;"]
+    lines += ["▲ better, ▼ worse beyond the interval. The last column: after all steps, at the preset's own beta."]
+    lines += ["†: no beta holds it at the reference; stopped early instead, at its own beta."]
     for key, setting in settings.items():
         lines += ["", f"## {key[0]}, {key[1]} preferences a context, {key[2]}", ""]
-        lines += [
-            f"| preset | {' | '.join(title for _, title, _ in COMPARED)} | KL |",
-            "|---" * (len(COMPARED) + 2) + "|",
-        ]
+        titles = ["preset", *(title for _, title, _ in COMPARED), "KL at its own beta"]
+        lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
         for name, row in setting["rows"].items():
             cells = [cell(name, row, row["matched"][target][metric], more) for metric, _, more in COMPARED]
-            lines.append(f"| {name} | {' | '.join(cells)} | {report.plain(row['own_kl'])} |")
+            lines.append(f"| {label(name, row)} | {' | '.join(cells)} | {report.plain(row['own_kl'])} |")
     lines += ["", f"![{caption}](comparison.png)", ""]
     image = io.BytesIO()
     plot(settings, target).savefig(image, format="png", dpi=120)
@@ -249,6 +251,10 @@ def write_comparison(settings, options, versions):
     write_whole(output_dir / "results.md", text.encode())
     write_whole(output_dir / "comparison.png", image.getvalue())
     return text
+
+
+def label(name, row):
+    return f"{name} †" if row["stopped_early"] else name
 
 
 def cell(name, row, value, more_is_better):
@@ -261,9 +267,8 @@ def cell(name, row, value, more_is_better):
 
 def plot(settings, target):
     """Dots with intervals: a row a preset, a column a metric, a colour a setting."""
-    names = [
-        name for name, row in next(iter(settings.values()))["rows"].items() if not row["same_as"] and name != "dpo"
-    ]
+    rows = next(iter(settings.values()))["rows"]
+    names = [name for name, row in rows.items() if not row["same_as"] and name != "dpo"]
     figure = Figure(figsize=(12, 1.5 + 0.24 * len(names)), layout="constrained")
     panels = figure.subplots(1, len(COMPARED), sharey=True)
     colors = ("#0b62a4", "#d1570d", "#2a7f3f", "#222222")
@@ -278,9 +283,9 @@ def plot(settings, target):
         axes.set_xlabel(f"{title}\n({'more' if more else 'less'} is better)", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.3)
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].invert_yaxis()
-    figure.suptitle(f"minus DPO, at a KL of {target} nats", fontsize=10)
+    panels[0].set_yticks(range(len(names)), [label(name, rows[name]) for name in names])
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
+    figure.suptitle(f"Differences to DPO at a KL of {target} nats (†: stopped early)", fontsize=10)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
