@@ -84,7 +84,7 @@ def make_pairs(problem, options, distance, preferences):
         actions=actions,
         ref_logps=torch.stack(refs).flatten(1),
         neg_log_dispersion=problem.neg_log_dispersion["estimated"].double().flatten().repeat_interleave(preferences),
-        offset=(100 * contexts).repeat_interleave(preferences),
+        offset=(1000 * contexts).repeat_interleave(preferences),
     )
 
 
