@@ -109,7 +109,7 @@ def test_training_is_run_pys(bandit, name, method):
 
 
 def test_a_whole_run(tmp_path):
-    size = "--dispersions 0.2 0.8 --num_actions 4 --betas 0.25 16 --steps 30 --num_seeds 5 --kl_targets 0.01"
+    size = "--dispersions 0.2 0.8 --num_actions 4 --betas 0.25 16 --steps 12 --num_seeds 5 --kl_targets 0.01"
     command = [sys.executable, str(RECIPES / "bandit" / "compare.py"), "--output_dir", str(tmp_path), *size.split()]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -128,6 +128,6 @@ def test_a_whole_run(tmp_path):
     assert early == {"robust-dpo", "simpo", "mallows-simpo", "rainbowpo", compare.EARLY}
     # By beta: two policies at most; stopped early: one for each step that was looked at, the reference last.
     lengths = {name: len(row["path_kl"]["mean"]) for name, row in rows.items()}
-    assert {lengths[name] for name in early} == {len(experiment.evaluation_steps(30))}
+    assert {lengths[name] for name in early} == {len(experiment.evaluation_steps(12))}
     assert {lengths[name] for name in rows.keys() - early} <= {1, 2}
     assert rows["simpo"]["path_kl"]["mean"][-1] == pytest.approx(0, abs=1e-6)
