@@ -101,7 +101,7 @@ def test_old_torch_is_refused_at_import(tmp_path):
 
 def test_functional_needs_torch_alone():
     blocked = "import sys; sys.modules.update(dict.fromkeys(['transformers', 'datasets', 'accelerate', 'peft']));"
-    result = run([sys.executable, "-c", blocked + "import mallowspo.functional as F; print('mallows-theta' in F.LINKS)"])
+    result = run([sys.executable, "-c", blocked + "import mallowspo.functional as F; print(len(F.LINKS) > 0)"])
     assert result.stdout.strip() == "True", result.stderr
 
 
