@@ -9,16 +9,15 @@ Writes results.json, results.md, frontier.png and diversity.png into output_dir.
 """
 
 import json
-import os
 import platform
 import random
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import xxhash
 from datasets import Dataset, disable_progress_bars, load_dataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
@@ -28,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # what the recipes share
 import preferences
 import report
 import sampling
-from stages import cached, cached_chunks, digest, hashed
 
 import mallowspo
 import models
@@ -36,6 +34,7 @@ import reviews
 from mallowspo import MallowsConfig, MallowsTrainer, preset, presets
 from mallowspo.modeling import add_adapter, attach_token_stats, unprepared
 from options import parse_options
+from stages import Stages, digest
 
 MOVIE, *OTHERS = reviews.DOMAINS
 REFERENCE = "reference"
@@ -166,32 +165,40 @@ def load_tokenizer(name):
     return tokenizer
 
 
-def tuned_reference(recipe, training, texts, folder):
+def model_digest(model):
+    """What identifies a model: a hash of the files of a folder, or the hub's name itself."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return str(model)
+    state = xxhash.xxh3_64()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        state.update(path.name.encode())
+        state.update(path.read_bytes())
+    return state.hexdigest()
+
+
+def tuned_reference(recipe, training, texts, stages):
     """The folder of the model tuned on the texts, made there once; the model itself where there are none."""
     name = models.model_folder(recipe.model)
     if not texts:
         return name
     limit = training.max_length
-    inputs = [digest(name), texts, recipe.sft_learning_rate, recipe.lora_rank, SFT_BATCH_SIZE, limit, training.seed]
-    target = Path(folder) / f"reference-{hashed(json.dumps(inputs).encode())}"
-    if target.exists():
-        return str(target)
-    set_seed(training.seed)
-    tokenizer = load_tokenizer(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(training.device)
-    if recipe.lora_rank:
-        model = add_adapter(model, adapter(recipe.lora_rank))
-    before, after = sampling.tune(
-        model, tokenizer, texts, recipe.sft_learning_rate, SFT_BATCH_SIZE, limit, training.seed
-    )
-    print(f"reference: {before:.2f} nats a token at the beginning of its tuning, {after:.2f} at the end")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        written = Path(temporary) / "model"
-        (model.merge_and_unload() if recipe.lora_rank else model).save_pretrained(written)
-        tokenizer.save_pretrained(written)
-        os.replace(written, target)
-    return str(target)
+
+    def tune(folder):
+        set_seed(training.seed)
+        tokenizer = load_tokenizer(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(training.device)
+        if recipe.lora_rank:
+            model = add_adapter(model, adapter(recipe.lora_rank))
+        before, after = sampling.tune(
+            model, tokenizer, texts, recipe.sft_learning_rate, SFT_BATCH_SIZE, limit, training.seed
+        )
+        print(f"reference: {before:.2f} nats a token at the beginning of its tuning, {after:.2f} at the end")
+        (model.merge_and_unload() if recipe.lora_rank else model).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    rates = [recipe.sft_learning_rate, recipe.lora_rank, SFT_BATCH_SIZE, limit, training.seed]
+    return str(stages.folder("reference", [model_digest(name), texts, *rates], tune))
 
 
 def training_of(training, method, beta, seed, folder):
@@ -253,10 +260,9 @@ def evaluate(model, reference, tokenizer, reward, recipe, held_out, seed):
 # ---- the whole -----------------------------------------------------------------------------------------------------
 
 
-def collect_pairs(recipe, prefixes, reference, identity, tokenizer, reward, seed, folder):
+def collect_pairs(recipe, prefixes, reference, identity, tokenizer, reward, seed, stages):
     """The stages sample, score and pair: (rows to train on, what they say of themselves)."""
-    completions = cached_chunks(
-        folder,
+    completions = stages.chunks(
         "sample",
         {"model": identity, "samples": recipe.samples, "tokens": recipe.max_new_tokens, "seed": seed},
         prefixes,
@@ -265,8 +271,7 @@ def collect_pairs(recipe, prefixes, reference, identity, tokenizer, reward, seed
             reference, tokenizer, chunk, recipe.samples, recipe.max_new_tokens, seed + start
         ),
     )
-    rewards = cached_chunks(
-        folder,
+    rewards = stages.chunks(
         "score",
         {"reward": [recipe.reward, recipe.reward_label]},
         list(zip(prefixes, completions, strict=True)),
@@ -274,23 +279,24 @@ def collect_pairs(recipe, prefixes, reference, identity, tokenizer, reward, seed
         lambda chunk, start: preferences.score(reward, *zip(*chunk, strict=True)),
     )
     found = [prefixes, completions, rewards, tokenizer.eos_token, recipe.min_gap]
-    rows, dropped = cached(folder, "pair", found, lambda: preferences.make_pairs(*found))
+    rows, dropped = stages.value("pair", found, lambda: preferences.make_pairs(*found))
     return rows, report.describe_pairs(rows, dropped, prefixes, completions, rewards)
 
 
 def main(arguments=None):
     recipe, training, grid = parse_arguments(arguments)
     folder = Path(training.output_dir) / "stages"
+    stages = Stages(folder)
     reward = preferences.load_reward(recipe.reward, recipe.reward_label, training.device)
     sizes = [recipe.dataset, recipe.prefix_words, recipe.train_prefixes, recipe.eval_prefixes, recipe.sft_texts]
-    split = cached(folder, "prefixes", [*sizes, training.seed], lambda: split_reviews(recipe, training.seed))
+    split = stages.value("prefixes", [*sizes, training.seed], lambda: split_reviews(recipe, training.seed))
 
-    name = tuned_reference(recipe, training, split["tune"], folder)
-    identity = digest(name)
+    name = tuned_reference(recipe, training, split["tune"], stages)
+    identity = model_digest(name)
     tokenizer = load_tokenizer(name)
     reference = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(training.device).eval()
     attach_token_stats(reference)
-    rows, pairs = collect_pairs(recipe, split["train"], reference, identity, tokenizer, reward, training.seed, folder)
+    rows, pairs = collect_pairs(recipe, split["train"], reference, identity, tokenizer, reward, training.seed, stages)
     print(report.describe(pairs))
 
     runs = []
@@ -304,7 +310,7 @@ def main(arguments=None):
         if method != REFERENCE:
             settings = training_of(training, method, beta, seed, folder)
             inputs |= {"training": training_facts(settings), "rank": recipe.lora_rank, "pairs": rows}
-            place = f"{method}-{beta}-{seed}-{hashed(json.dumps(inputs, sort_keys=True).encode())}"
+            place = f"{method}-{beta}-{seed}-{digest(inputs)[:12]}"
             settings = replace(settings, output_dir=str(folder / place))
 
         def job(seed=seed, settings=settings):
@@ -314,7 +320,7 @@ def main(arguments=None):
             found = evaluate(model, reference, tokenizer, reward, recipe, split["held out"], seed)
             return {"domains": found, "log": log}
 
-        runs.append({"method": method, "beta": beta, "seed": seed} | cached(folder, "run", inputs, job))
+        runs.append({"method": method, "beta": beta, "seed": seed} | stages.value("run", inputs, job))
 
     settings = {"recipe": asdict(recipe), "training": training.to_sanitized_dict()}
     packages = ["torch", "transformers", "datasets"] + ["peft"] * bool(recipe.lora_rank)

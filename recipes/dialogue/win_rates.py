@@ -27,7 +27,6 @@ import sources
 import win_rate_report
 from judges import EMBEDDING_PACKAGE, load_judge
 from sampling import sample_replies
-from stages import Stages, digest
 
 import mallowspo
 import models
@@ -35,6 +34,7 @@ from mallowspo import MallowsConfig, MallowsTrainer, presets
 from mallowspo.dispersion import fingerprint
 from mallowspo.modeling import load_model
 from options import parse_options
+from stages import Stages, digest
 
 IN, OUT = "prompts held out", "topics held out"
 # Arguments of the trainer that change no weight.
@@ -190,7 +190,7 @@ class Experiment:
         self.arguments, self.training, self.judge = arguments, training, judge
         self.folder = models.model_folder(arguments.model)
         self.tokenizer = models.load_tokenizer(self.folder, arguments.chat_template)
-        self.stages = Stages(Path(training.output_dir) / "stages")
+        self.stages = Stages(Path(training.output_dir) / "stages", verbose=True)
         no_pairs = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), ())
         facts = [self.tokenizer.chat_template, mallowspo.__version__, version("transformers"), version("torch")]
         self.model_key = fingerprint(load_model(self.folder), no_pairs, facts)

@@ -12,20 +12,15 @@ of the tuning do not pretrain again.
 
 import copy
 import functools
-import hashlib
-import io
-import json
-import os
 import platform
 import sys
-import tempfile
-import zipfile
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what the recipes share
@@ -37,8 +32,8 @@ import mallowspo
 from mallowspo import functional as F
 from mallowspo.choices import PAIR_CHOICES, operator_settings
 from mallowspo.dispersion import agreement_to_neg_log_dispersion, calibrated_scale
-from mallowspo.files import write_whole
 from options import parse_options
+from stages import Stages
 
 
 @dataclass
@@ -96,21 +91,13 @@ def check_arguments(arguments):
     pictures.check_agreement(arguments.agreement)
 
 
-def digest(*parts):
-    """A short hash of bytes and of what JSON can hold."""
-    hasher = hashlib.sha256()
-    for part in parts:
-        hasher.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())
-    return hasher.hexdigest()[:12]
-
-
 def pretrained_model(arguments, stages):
     """(unet, scheduler) from the folder given, from the stage of an earlier run, or made now and kept there."""
     folder = arguments.pretrained
     if folder is None:
         names = ("channels", "pretrain_steps", "pretrain_batch_size", "pretrain_learning_rate")
-        folder = stages / f"pretrained-{digest({name: getattr(arguments, name) for name in names})}"
-        if not folder.exists():
+
+        def pretrain(folder):
             unet, scheduler = model.make_model(arguments.channels, seed=0)
             unet = model.pretrain(
                 unet,
@@ -120,12 +107,10 @@ def pretrained_model(arguments, stages):
                 arguments.pretrain_learning_rate,
                 seed=0,
             )
-            stages.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=stages) as temporary:
-                written = Path(temporary) / "model"
-                unet.save_pretrained(written / "unet")
-                scheduler.save_pretrained(written / "scheduler")
-                os.replace(written, folder)
+            unet.save_pretrained(folder / "unet")
+            scheduler.save_pretrained(folder / "scheduler")
+
+        folder = stages.folder("pretrained", {name: getattr(arguments, name) for name in names}, pretrain)
     return model.load_model(folder)
 
 
@@ -175,36 +160,23 @@ def run_seed(arguments, unet, scheduler, link, seed):
     }
 
 
-def cached(path, make):
-    """The arrays of a file, made and written where there is none."""
-    if not path.exists():
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **make())
-        write_whole(path, buffer.getvalue())
-    try:
-        with np.load(path) as arrays:
-            return dict(arrays)
-    except (zipfile.BadZipFile, ValueError) as error:
-        raise ValueError(f"{path} is no stage of this recipe; delete it and run again") from error
-
-
 def main(argv=None):
     (arguments,) = parse_options((DiffusionArguments,), __doc__.split("\n")[0], argv)
     check_arguments(arguments)
     output_dir = Path(arguments.output_dir)
-    stages = output_dir / "stages"
+    stages = Stages(output_dir / "stages")
     unet, scheduler = pretrained_model(arguments, stages)
 
     weights = b"".join(tensor.numpy().tobytes() for tensor in unet.state_dict().values())
     others = ("config", "output_dir", "pretrained", "channels", "links", "seeds")
     options = {k: v for k, v in asdict(arguments).items() if k not in others and not k.startswith("pretrain_")}
-    key = digest(weights, dict(scheduler.config), options)
+    inputs = [xxhash.xxh3_128_hexdigest(weights), dict(scheduler.config), options]
     runs = {}
     for seed in range(arguments.seeds):
         for link in (None, *arguments.links):
             name = link or "before"
             make = functools.partial(run_seed, arguments, unet, scheduler, link, seed)
-            runs[name, seed] = cached(stages / f"{name}-seed{seed}-{key}.npz", make)
+            runs[name, seed] = stages.arrays(f"{name}-seed{seed}", inputs, make)
 
     packages = {name: version(name) for name in ("torch", "diffusers", "numpy")}
     versions = {"mallowspo": mallowspo.__version__, "python": platform.python_version()} | packages

@@ -9,10 +9,10 @@ seed's result are cached in output_dir/cache: an interrupted run goes on where i
 results.md, correlation.png, calibration.png and preference.png into output_dir.
 """
 
-import json
 import platform
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,8 +30,8 @@ import report
 import mallowspo
 import models
 import reviews
-from mallowspo.files import write_whole
 from options import parse_options
+from stages import Stages
 
 
 @dataclass
@@ -72,21 +72,15 @@ def train_seeds(recipe, pairs, found, vocabulary, cache_dir):
     columns = {name: column.flatten(0, 1) for name, column in found.items() if name != "chosen"}
     sizes = recipe.train_votes, recipe.held_out_pairs
     grid = preference.METHODS, preference.PENALTIES, preference.TEMPERATURES
-    facts = [sentences, vocabulary, sizes, *grid]
-    digest = xxhash.xxh3_128(repr(facts).encode())
-    for column in columns.values():
-        digest.update(column.numpy())
-    results = []
-    for seed in tqdm(range(recipe.seeds), desc="Training on votes", unit="seed"):
-        path = cache_dir / f"votes-{seed}-{digest.hexdigest()[:12]}.json"
-        if not path.exists():
-            result = preference.run_seed(sentences, columns, vocabulary, seed, *sizes)
-            write_whole(path, json.dumps(result).encode())
-        try:
-            results.append(json.loads(path.read_text()))
-        except ValueError as error:
-            raise ValueError(f"{path} is corrupt ({error}); delete it to compute it again") from error
-    return results
+    inputs = [repr([sentences, vocabulary, sizes, *grid])]
+    inputs += [xxhash.xxh3_128_hexdigest(column.numpy()) for column in columns.values()]
+    stages = Stages(cache_dir)
+    return [
+        stages.value(
+            f"votes-{seed}", inputs, partial(preference.run_seed, sentences, columns, vocabulary, seed, *sizes)
+        )
+        for seed in tqdm(range(recipe.seeds), desc="Training on votes", unit="seed")
+    ]
 
 
 def main(arguments=None):

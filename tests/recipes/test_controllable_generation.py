@@ -24,8 +24,8 @@ from transformers import (
 from mallowspo.modeling import attach_token_stats
 
 FOLDER = RECIPES / "controllable_generation"
-run, report, sampling, preferences, stages, reviews = import_recipe(
-    "controllable_generation", "run", "report", "sampling", "preferences", "stages", "reviews"
+run, report, sampling, preferences, reviews = import_recipe(
+    "controllable_generation", "run", "report", "sampling", "preferences", "reviews"
 )
 PREFIXES = ["red", "cat sky down", "one two"]
 
@@ -34,54 +34,16 @@ def never():
     pytest.fail("this stage was run again")
 
 
-# ---- stages --------------------------------------------------------------------------------------------------------
-
-
-def test_a_stage_runs_once_for_the_same_inputs_and_is_whole_or_absent(tmp_path):
-    def interrupted():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        stages.cached(tmp_path, "draw", {"seed": 1}, interrupted)
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        stages.cached(tmp_path, "draw", {"seed": 1}, lambda: [float("nan")])
-    assert not list(tmp_path.iterdir())
-    assert stages.cached(tmp_path, "draw", {"seed": 1}, lambda: ["é", 1.5]) == ["é", 1.5]
-    assert stages.cached(tmp_path, "draw", {"seed": 1}, never) == ["é", 1.5]
-    assert stages.cached(tmp_path, "draw", {"seed": 2}, lambda: "other") == "other"
-
-
-@pytest.mark.parametrize("damage", [lambda data: data[:-3], lambda data: b"", lambda data: data.replace(b"1", b"2")])
-def test_a_corrupt_file_is_refused_by_name(tmp_path, damage):
-    stages.cached(tmp_path, "draw", {}, lambda: [1, 1, 1])
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=f"{path} is corrupt; delete it"):
-        stages.cached(tmp_path, "draw", {}, never)
-
-
-def test_an_interrupted_stage_goes_on_where_it_was(tmp_path):
-    seen = []
-
-    def double(items, start, stop=99):
-        if start >= stop:
-            raise KeyboardInterrupt
-        seen.append(start)
-        return [2 * item for item in items]
-
-    with pytest.raises(KeyboardInterrupt):
-        stages.cached_chunks(tmp_path, "double", {}, [1, 2, 3, 4, 5], 2, lambda *chunk: double(*chunk, stop=4))
-    assert stages.cached_chunks(tmp_path, "double", {}, [1, 2, 3, 4, 5], 2, double) == [2, 4, 6, 8, 10]
-    assert seen == [0, 2, 4]
+# ---- models --------------------------------------------------------------------------------------------------------
 
 
 def test_a_model_is_known_by_what_its_files_hold(tmp_path):
-    assert stages.digest("gpt2-large") == "gpt2-large"
+    assert run.model_digest("gpt2-large") == "gpt2-large"
     (tmp_path / "weights").write_bytes(b"a")
-    before = stages.digest(tmp_path)
-    assert stages.digest(tmp_path) == before
+    before = run.model_digest(tmp_path)
+    assert run.model_digest(tmp_path) == before
     (tmp_path / "weights").write_bytes(b"b")
-    assert stages.digest(tmp_path) != before
+    assert run.model_digest(tmp_path) != before
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------------

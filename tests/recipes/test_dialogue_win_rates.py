@@ -19,8 +19,8 @@ from load_recipe import import_recipe
 from tiny import tiny_model, tiny_tokenizer
 from transformers import BertConfig, BertForSequenceClassification
 
-win_rates, judges, sampling, stages, win_rate_report, *_ = import_recipe(
-    "dialogue", "win_rates", "judges", "sampling", "stages", "win_rate_report", "report", "sources"
+win_rates, judges, sampling, win_rate_report, *_ = import_recipe(
+    "dialogue", "win_rates", "judges", "sampling", "win_rate_report", "report", "sources"
 )
 
 # ---- sampling ------------------------------------------------------------------------------------------------------
@@ -82,55 +82,6 @@ def test_the_seed_fixes_the_draws(model, tokenizer):
     assert first == again != other
     with pytest.raises(ValueError, match="at least 0, got -1"):
         sampling.sample_replies(model, tokenizer, ["red"], temperature=-1, max_new_tokens=2, seed=0)
-
-
-# ---- stages --------------------------------------------------------------------------------------------------------
-
-
-def test_a_stage_runs_once_for_its_inputs(tmp_path):
-    kept, calls = stages.Stages(tmp_path / "stages"), []
-
-    def compute():
-        calls.append(1)
-        return {"a": [1.5, None], "b": "é"}
-
-    for _ in range(2):
-        assert kept.value("name", ["x", 1], compute) == {"a": [1.5, None], "b": "é"}
-    assert len(calls) == 1
-    kept.value("name", ["x", 2], compute)
-    assert len(calls) == 2
-    with pytest.raises(ValueError, match="JSON"):
-        kept.value("nan", [], lambda: float("nan"))
-
-
-@pytest.mark.parametrize(
-    "damage", [lambda b: b[:-9], lambda b: b"[]", lambda b: b.replace(b"12", b"13"), lambda b: b""]
-)
-def test_a_corrupt_stage_is_refused(tmp_path, damage):
-    kept = stages.Stages(tmp_path)
-    kept.value("name", 1, lambda: 12)
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=f"name is corrupt; delete {path}"):
-        kept.value("name", 1, lambda: 12)
-
-
-def test_an_interrupted_stage_leaves_nothing(tmp_path):
-    kept = stages.Stages(tmp_path)
-
-    def interrupted(folder=None):
-        if folder:
-            folder.mkdir()
-            (folder / "half").write_text("x")
-        raise KeyboardInterrupt
-
-    for stage in (kept.value, kept.folder):
-        with pytest.raises(KeyboardInterrupt):
-            stage("name", 1, interrupted)
-    assert list(tmp_path.iterdir()) == []
-    path = kept.folder("name", 1, lambda folder: folder.mkdir())
-    assert path == kept.folder("name", 1, interrupted)
-    assert list(tmp_path.iterdir()) == [path]
 
 
 # ---- judges --------------------------------------------------------------------------------------------------------
@@ -550,7 +501,7 @@ def test_a_corrupt_adapter_or_stage_stops_the_run(command):
         (replies,) = out.glob("stages/dpo-seed-42-replies-*.json")
         whole = replies.read_bytes()
         replies.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(ValueError, match=f"dpo-seed-42-replies is corrupt; delete {replies}"):
+        with pytest.raises(ValueError, match=f"{replies} is corrupt; delete it"):
             run(*judge)
         replies.unlink()
         (adapter,) = out.glob("stages/dpo-seed-42-*/adapter_model.safetensors")

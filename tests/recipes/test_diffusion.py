@@ -331,7 +331,7 @@ def test_a_damaged_stage_is_named(command, tmp_path):
     run.main([*command, "--links", "ipo", "--seeds", "1"])
     (stage,) = (tmp_path / "out" / "stages").glob("ipo-*.npz")
     stage.write_bytes(stage.read_bytes()[:100])
-    with pytest.raises(ValueError, match=f"{stage.name} is no stage of this recipe; delete it"):
+    with pytest.raises(ValueError, match=f"{stage} is corrupt; delete it"):
         run.main([*command, "--links", "ipo", "--seeds", "1"])
 
 

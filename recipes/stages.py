@@ -1,0 +1,101 @@
+"""Results of the stages of a long run, kept on disk: a second run goes on where the first one ended."""
+
+import io
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from tqdm.auto import tqdm
+
+from mallowspo.files import write_whole
+
+
+def digest(value):
+    """A hash of anything JSON can hold; TypeError for what it cannot."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
+class Stages:
+    """A folder of results, each under its name and the hash of its inputs: all it was computed from, as JSON holds it.
+
+    A result appears there whole or not at all, so an interrupted stage leaves nothing that could be taken for one.
+    Methods raise ValueError for a corrupt file.
+
+    Args:
+        folder: made if missing. verbose: print the name of each result that an earlier run left.
+    """
+
+    def __init__(self, folder, verbose=False):
+        self._folder, self._verbose = Path(folder), verbose
+
+    def value(self, name, inputs, compute):
+        """What ``compute()`` gives, anything JSON can hold, without NaN."""
+        key = digest(inputs)
+        path = self._path(name, key, ".json")
+        if not self._kept(name, path):
+            value = json.loads(json.dumps(compute(), allow_nan=False))  # the same whether computed or read
+            write_whole(path, json.dumps({"key": key, "checksum": digest(value), "value": value}).encode())
+            return value
+        try:
+            kept = json.loads(path.read_bytes())
+            sound = kept["key"] == key and kept["checksum"] == digest(kept["value"])
+        except (ValueError, KeyError, TypeError):
+            sound = False
+        if not sound:
+            raise _corrupt(path)
+        return kept["value"]
+
+    def chunks(self, name, inputs, items, size, compute):
+        """The results of items treated one by one: a value for each ``size`` of them, behind a progress bar.
+
+        Args:
+            compute: function of a list of items and the number of the first that returns a list as long.
+        """
+        results = []
+        for start in tqdm(range(0, len(items), size), desc=name):
+            chunk = items[start : start + size]
+            results += self.value(name, [inputs, start, chunk], partial(compute, chunk, start))
+        return results
+
+    def arrays(self, name, inputs, compute):
+        """What ``compute()`` gives, a dict of numpy arrays."""
+        path = self._path(name, digest(inputs), ".npz")
+        if not self._kept(name, path):
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **compute())
+            write_whole(path, buffer.getvalue())
+        try:
+            with np.load(path) as arrays:
+                return dict(arrays)
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+            raise _corrupt(path) from error
+
+    def folder(self, name, inputs, compute):
+        """The path of the folder that ``compute(folder)`` makes and fills."""
+        path = self._path(name, digest(inputs))
+        if not self._kept(name, path):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self._folder) as temporary:
+                filled = Path(temporary) / "filled"
+                compute(filled)
+                os.replace(filled, path)
+        return path
+
+    def _path(self, name, key, ending=""):
+        return self._folder / f"{name}-{key[:12]}{ending}"
+
+    def _kept(self, name, path):
+        kept = path.exists()
+        if kept and self._verbose:
+            print(f"{name}: kept from an earlier run")
+        return kept
+
+
+def _corrupt(path):
+    return ValueError(f"{path} is corrupt; delete it to run the stage again")
