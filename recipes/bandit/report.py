@@ -1,17 +1,14 @@
 """The report of the bandit recipe: comparisons with DPO at equal KL, seed by seed; a table, a JSON file and plots."""
 
-import io
-import json
 import math
 from dataclasses import asdict
-from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 from experiment import METHODS
 from matplotlib.figure import Figure
 
-from mallowspo.files import write_whole
+from reporting import finite, plots_section, write_files
 
 # Key in METRICS of experiment.py, name in the table and on the axes, and whether more is better.
 COMPARED = (
@@ -161,7 +158,7 @@ def write_report(settings, estimates, options, versions):
     Returns:
         The text of results.md.
     """
-    output_dir, target = Path(options.output_dir), middle(options.kl_targets)
+    target = middle(options.kl_targets)
     results = {
         "results": {", ".join(map(str, key)): value for key, value in settings.items()},
         "estimates": estimates,
@@ -193,23 +190,9 @@ def write_report(settings, estimates, options, versions):
             f"Training: {TITLES[name]}, for policies that end at an average KL of {target} nats.",
         )
     text = _table(settings, estimates, options)
-    text += "\n".join(["", "## Plots", "", *(f"![{caption}]({name}.png)\n" for name, (_, caption) in figures.items())])
-    write_whole(output_dir / "results.json", json.dumps(finite(results), indent=1, allow_nan=False).encode())
-    write_whole(output_dir / "results.md", text.encode())
-    for name, (figure, _) in figures.items():
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=120)
-        write_whole(output_dir / f"{name}.png", image.getvalue())
+    text += plots_section({name: caption for name, (_, caption) in figures.items()})
+    write_files(options.output_dir, finite(results), text, {name: figure for name, (figure, _) in figures.items()})
     return text
-
-
-def finite(value):
-    """The value with null for NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _table(settings, estimates, options):

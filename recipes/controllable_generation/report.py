@@ -1,15 +1,12 @@
 """The report of controllable generation: reward, KL and diversity with intervals, as table, JSON file and plots."""
 
-import io
-import json
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from mallowspo.files import write_whole
+from reporting import write_files
 
 RESAMPLES = 2000
 REFERENCE = "reference"
@@ -185,17 +182,11 @@ def write_report(output_dir, runs, pairs, settings, versions):
     Returns:
         The text of results.md.
     """
-    output_dir = Path(output_dir)
     points, comparisons = summarise(runs)
     results = {"pairs": pairs, "points": points, "comparisons": comparisons}
     results |= {"examples": examples(runs), "settings": settings, "versions": versions}
     text = _tables(points, comparisons, pairs, len({run["seed"] for run in runs}))
-    write_whole(output_dir / "results.json", json.dumps(results, indent=2, allow_nan=False).encode())
-    write_whole(output_dir / "results.md", text.encode())
-    for name, figure in zip(CAPTIONS, (plot_frontier(points), plot_diversity(points)), strict=True):
-        data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=150)
-        write_whole(output_dir / f"{name}.png", data.getvalue())
+    write_files(output_dir, results, text, {"frontier": plot_frontier(points), "diversity": plot_diversity(points)})
     return text
 
 

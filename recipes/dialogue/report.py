@@ -1,13 +1,12 @@
 """The report of the dialogue recipe: numbers with their uncertainty, a table, a JSON file and two plots."""
 
-import json
 import math
-import os
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from reporting import finite, write_files
 
 RESAMPLES = 2000
 
@@ -199,8 +198,6 @@ def write_report(output_dir, history, topics, settings, versions):
     Returns:
         The text of results.md.
     """
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     order = compare_with_human_order(topics)
     results = {
         "before": history[0],
@@ -212,32 +209,9 @@ def write_report(output_dir, history, topics, settings, versions):
         "versions": versions,
     }
     text = _table(history[0], history[-1], topics, order)
-    _write(output_dir / "results.json", json.dumps(_finite(results), indent=2, allow_nan=False).encode())
-    _write(output_dir / "results.md", text.encode())
-    _write_figure(output_dir / "training.png", plot_training(history))
-    _write_figure(output_dir / "dispersion_by_topic.png", plot_topics(topics, order))
+    figures = {"training": plot_training(history), "dispersion_by_topic": plot_topics(topics, order)}
+    write_files(output_dir, finite(results), text, figures)
     return text
-
-
-def _write(path, data):
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
-def _write_figure(path, figure):
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    os.replace(temporary, path)
-
-
-def _finite(value):
-    """The value with null for NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(before, after, topics, order):
@@ -246,19 +220,20 @@ def _table(before, after, topics, order):
     lines += [f"| | before | after {after['step']} steps |", "|---|---|---|"]
     for name, title in METRICS:
         if name in after:
-            lines.append(f"| {title} | {_interval(before, name)} | {_interval(after, name)} |")
+            lines.append(f"| {title} | {interval(before, name)} | {interval(after, name)} |")
     lines += ["", "Topics by dispersion (phi near 0: people agree; near 1: they do not).", ""]
     lines += ["| topic | phi | prompts | pairs | human level | held-out accuracy (pairs) |", "|---" * 6 + "|"]
     for row in topics:
         accuracy, level = "-", row["human_level"] or "-"
         if row["held_out_pairs"]:
             accuracy = f"{row['held_out_accuracy']:.2f} ({row['held_out_pairs']})"
-        cells = (row["topic"], _interval(row, "phi"), row["prompts"], row["pairs"], level, accuracy)
+        cells = (row["topic"], interval(row, "phi"), row["prompts"], row["pairs"], level, accuracy)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join([*lines, "", order_sentence(order), ""])
 
 
-def _interval(row, name):
+def interval(row, name):
+    """A cell: the number with its interval, - where there is none."""
     if row.get(name) is None:
         return "-"
     low, high = row.get(f"{name}_low"), row.get(f"{name}_high")

@@ -1,15 +1,12 @@
 """The report of win_rates.py: win rates with their uncertainty and length taken out, tables, JSON, plots."""
 
-import io
-import json
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from report import BLUE, GREY, ORANGE
+from report import BLUE, GREY, ORANGE, interval
 
-from mallowspo.files import write_whole
+from reporting import plots_section, write_files
 
 RESAMPLES = 1000
 ALL = "all"  # temperatures together
@@ -197,19 +194,10 @@ def evaluate(rows, temperatures, said, scores, verdicts):
 
 def write_report(output_dir, results):
     """Writes results.json, results.md, win_rates.png, length_bias.png, each whole; returns the text of results.md."""
-    output_dir, text = Path(output_dir), table(results)
-    write_whole(output_dir / "results.json", json.dumps(results, indent=2, allow_nan=False).encode())
-    write_whole(output_dir / "results.md", text.encode())
-    for name, figure in (("win_rates", plot_win_rates(results)), ("length_bias", plot_length_bias(results))):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=150)
-        write_whole(output_dir / f"{name}.png", buffer.getvalue())
+    text = table(results)
+    figures = {"win_rates": plot_win_rates(results), "length_bias": plot_length_bias(results)}
+    write_files(output_dir, results, text, figures)
     return text
-
-
-def _interval(row, name):
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return f"{row[name]:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
 
 def _lines(columns, rows):
@@ -236,8 +224,8 @@ def table(results):
             f"{row['first']} against {row['second']}",
             row["place"],
             row["temperature"],
-            _interval(row, "win_rate"),
-            _interval(row, "length_controlled"),
+            interval(row, "win_rate"),
+            interval(row, "length_controlled"),
             f"{row['ties']:.0%}",
             f"{row['length_difference']:+.1f}",
             row["comparisons"],
@@ -255,14 +243,7 @@ def table(results):
         )
         for row in results["replies"]
     ]
-    lines += [
-        *_lines(columns, rows),
-        "",
-        "## Plots",
-        "",
-        *(f"![{text}]({name}.png)\n" for name, text in CAPTIONS.items()),
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_lines(columns, rows), plots_section(CAPTIONS)])
 
 
 # ---- plots ---------------------------------------------------------------------------------------------------------

@@ -1,18 +1,12 @@
 """The report of the diffusion recipe: means over the seeds with their intervals, tables, a JSON file and two plots."""
 
-import io
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pictures
 from matplotlib.figure import Figure
 
-from mallowspo.files import write_whole
-
-# Student's t at 97.5% for 3, 4, ... 10 seeds; more seeds take the last, which is a little too wide for them.
-STUDENT = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+from reporting import t_975, write_files
 
 # Name in a run, name of its column of shapes, title.
 MEASURES = (
@@ -30,7 +24,7 @@ def interval(values):
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 3:
         return float(values.mean()), None
-    quantile = STUDENT[min(len(values) - 3, len(STUDENT) - 1)]
+    quantile = t_975(min(len(values) - 1, 9))  # a little too wide for more than ten
     return float(values.mean()), float(quantile * values.std(ddof=1) / math.sqrt(len(values)))
 
 
@@ -73,7 +67,6 @@ def write_report(output_dir, runs, agreement, settings, versions):
         output_dir: a path, made if missing. runs: as :func:`summarise`. agreement: of each shape.
         settings, versions: dicts that JSON can hold, for the record.
     """
-    output_dir = Path(output_dir)
     found = summarise(runs)
     results = {
         "measures": found,
@@ -86,10 +79,8 @@ def write_report(output_dir, runs, agreement, settings, versions):
         "versions": versions,
     }
     text = tables(found, agreement, len({seed for _, seed in runs}))
-    write_whole(output_dir / "results.json", json.dumps(results, indent=2, allow_nan=False).encode())
-    write_whole(output_dir / "results.md", text.encode())
-    _write_figure(output_dir / "samples.png", plot_samples(runs, agreement))
-    _write_figure(output_dir / "measures.png", plot_measures(found, agreement))
+    figures = {"samples": plot_samples(runs, agreement), "measures": plot_measures(found, agreement)}
+    write_files(output_dir, results, text, figures)
     return text
 
 
@@ -119,12 +110,6 @@ def _label(name, agreement):
 def _cell(value, plus):
     mean, half = value
     return f"{mean:{'+' if plus else ''}.3f}" + ("" if half is None else f" ± {half:.3f}")
-
-
-def _write_figure(path, figure):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    write_whole(path, buffer.getvalue())
 
 
 # ---- plots ---------------------------------------------------------------------------------------------------------

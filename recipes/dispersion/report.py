@@ -1,9 +1,6 @@
 """The report of the dispersion recipe: correlations and calibration with intervals, a table, a JSON file, plots."""
 
-import io
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 from data import by_domain, preference_share, real_dispersion, win_shares
@@ -12,15 +9,12 @@ from matplotlib.figure import Figure
 from preference import DPO, METHODS, PEOPLE
 
 from mallowspo.dispersion import fit_log_odds
-from mallowspo.files import write_whole
+from reporting import plots_section, t_975, write_files
 from reviews import DOMAINS
 
 RESAMPLES = 1000
 BINS = 8
 HALF, DISTANCE, SPREAD = "the other half of the raters", "distance of the mean scores", "scatter of the scores"
-# 97.5% quantiles of Student's t by degrees of freedom, 1 to 19; beyond, the last is a little too wide.
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-T_975 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
@@ -205,7 +199,7 @@ def domain_facts(pairs, predicted, facts):
 
 
 def _student(values):
-    half = T_975[min(len(values) - 2, len(T_975) - 1)] * _standard_error(values)
+    half = t_975(len(values) - 1) * _standard_error(values)
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
@@ -222,7 +216,6 @@ def write_report(output_dir, pairs, predicted, seeds, settings, versions):
     Returns:
         The text of results.md.
     """
-    output_dir = Path(output_dir)
     domains, facts = [first.domain for first, _ in pairs], people(pairs)
     found = correlations(predicted, facts, domains)
     scaled = calibration(predicted, facts["agreement"])
@@ -244,15 +237,10 @@ def write_report(output_dir, pairs, predicted, seeds, settings, versions):
         ),
     }
     text = _table(found, scaled, trained, of_domains, seeds)
-    text += "\n".join(["", "## Plots", "", *(f"![{caption}]({name}.png)\n" for name, (_, caption) in figures.items())])
+    text += plots_section({name: caption for name, (_, caption) in figures.items()})
     results = {"domains": of_domains, "correlation": found, "calibration": scaled, "preference": trained}
     results |= {"seeds": seeds, "settings": settings, "versions": versions}
-    write_whole(output_dir / "results.json", json.dumps(results, indent=2, allow_nan=False).encode())
-    write_whole(output_dir / "results.md", text.encode())
-    for name, (figure, _) in figures.items():
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=130)
-        write_whole(output_dir / f"{name}.png", image.getvalue())
+    write_files(output_dir, results, text, {name: figure for name, (figure, _) in figures.items()})
     return text
 
 

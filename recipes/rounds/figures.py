@@ -1,7 +1,5 @@
 """Tables and plots of the studies: means over seeds with 95% intervals."""
 
-import io
-
 import numpy as np
 from matplotlib.figure import Figure
 from report import mean_and_half
@@ -66,7 +64,7 @@ def _cell(values, at, sign=""):
 
 
 def plot(name, study, frontier):
-    """PNG: reward over the rounds, and reward against KL with the best that any policy can do."""
+    """Reward over the rounds, and reward against KL with the best that any policy can do."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     rounds, spent = figure.subplots(1, 2)
     groups = list(dict.fromkeys(method.split()[0].rstrip(",") for method in study))
@@ -89,6 +87,4 @@ def plot(name, study, frontier):
         axes.grid(alpha=0.25)
     figure.suptitle(TITLES[name])
     figure.legend(loc="outside right center", frameon=False, fontsize="small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return figure

@@ -7,7 +7,6 @@ Every option can stand in the YAML file or on the command line, which wins. Writ
 of each study into output_dir.
 """
 
-import json
 import platform
 import sys
 from dataclasses import asdict, dataclass, field
@@ -23,8 +22,8 @@ import figures
 import studies
 
 import mallowspo
-from mallowspo.files import write_whole
 from options import parse_options
+from reporting import write_files
 
 
 def _values(*values, about):
@@ -123,15 +122,12 @@ def main(arguments=None):
     results = {name: figures.summarise(history, methods[name]) for name, history in histories.items()}
     frontier = studies.frontier(problem)
     text = figures.tables(results, options)
-    folder = Path(options.output_dir)
     versions = {"mallowspo": mallowspo.__version__, "python": platform.python_version(), "torch": version("torch")}
     record = {"settings": asdict(options), "versions": versions, "frontier": frontier, "studies": results}
-    write_whole(folder / "results.json", json.dumps(record, indent=1).encode())
-    write_whole(folder / "results.md", text.encode())
-    for name, study in results.items():
-        write_whole(folder / f"{name}.png", figures.plot(name, study, frontier))
+    plots = {name: figures.plot(name, study, frontier) for name, study in results.items()}
+    write_files(options.output_dir, record, text, plots)
     print(text)
-    print(f"written to {folder}")
+    print(f"written to {options.output_dir}")
 
 
 if __name__ == "__main__":
