@@ -1,15 +1,12 @@
 """Controllable generation: each stage against an oracle of its own, bad input, and whole runs of a tiny model."""
 
-import importlib.util
-import io
 import json
 import subprocess
-import tarfile
 
 import numpy as np
 import pytest
 import torch
-from load_recipe import RECIPES, import_recipe
+from load_recipe import RECIPES, hide_package, import_recipe, tar_of
 from tiny import tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
@@ -129,8 +126,7 @@ def test_rewards_are_of_the_whole_text_and_finite():
 
 
 def test_without_vader_the_message_says_what_to_install(monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "vader" in name else find_spec(name))
+    hide_package(monkeypatch, "vaderSentiment")
     with pytest.raises(ImportError, match="run: pip install vaderSentiment"):
         preferences.load_reward("vader", "")
 
@@ -183,16 +179,6 @@ def test_pairs_join_the_best_with_the_worst():
 
 
 # ---- reviews -------------------------------------------------------------------------------------------------------
-
-
-def tar_of(files):
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w:gz") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return data.getvalue()
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The dialogue recipe: its options and report, and a whole run on a model of a few weights."""
 
-import importlib.util
 import json
 import sys
 
@@ -8,14 +7,10 @@ import numpy as np
 import pytest
 import yaml
 from dialogue_recipe import ASSISTANT, FOLDER, HUMAN, models, paper_options, report, run, sources, write_jsonl
+from load_recipe import hide_package
 from transformers import LlamaForCausalLM
 
 # ---- packages and the model ----------------------------------------------------------------------------------------
-
-
-def hide_package(monkeypatch, hidden):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == hidden else find_spec(name))
 
 
 def test_missing_packages_name_the_command(monkeypatch, tmp_path):

