@@ -6,9 +6,7 @@
 The options are run.py's. Writes results.json, results.md and comparison.png into output_dir.
 """
 
-import io
 import itertools
-import json
 import platform
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -29,11 +27,11 @@ import run
 import sampling
 
 import mallowspo
-from mallowspo.files import write_whole
 from mallowspo.modeling import ResponseStats
 from mallowspo.objective import preset, presets
 from mallowspo.token_weights import weighted_logps
 from options import parse_options
+from reporting import finite, plots_section, write_files
 
 COMPOSITIONS = (
     "mallows-theta+focal",
@@ -228,7 +226,7 @@ def summarise(rows, reference, options):
 
 def write_comparison(settings, options, versions):
     """Writes results.json, results.md and comparison.png into ``options.output_dir``; the text of results.md."""
-    output_dir, target = Path(options.output_dir), str(report.middle(options.kl_targets))
+    target = str(report.middle(options.kl_targets))
     results = {", ".join(map(str, key)): setting for key, setting in settings.items()}
     results = {"results": results, "settings": asdict(options), "versions": versions}
     caption = f"Differences to DPO at a KL of {target} nats, seed by seed, with 95% t intervals."
@@ -243,13 +241,8 @@ def write_comparison(settings, options, versions):
         for name, row in setting["rows"].items():
             cells = [cell(name, row, row["matched"][target][metric], more) for metric, _, more in COMPARED]
             lines.append(f"| {label(name, row)} | {' | '.join(cells)} | {report.plain(row['own_kl'])} |")
-    lines += ["", f"![{caption}](comparison.png)", ""]
-    image = io.BytesIO()
-    plot(settings, target).savefig(image, format="png", dpi=120)
-    text = "\n".join(lines)
-    write_whole(output_dir / "results.json", json.dumps(report.finite(results), indent=1, allow_nan=False).encode())
-    write_whole(output_dir / "results.md", text.encode())
-    write_whole(output_dir / "comparison.png", image.getvalue())
+    text = "\n".join(lines) + "\n" + plots_section({"comparison": caption})
+    write_files(options.output_dir, finite(results), text, {"comparison": plot(settings, target)})
     return text
 
 
