@@ -3,8 +3,7 @@
 Unreduced, as :func:`mallowspo.functional.preference_loss`: the caller masks and averages.
 """
 
-import torch
-
+from mallowspo.autograd import accumulator_dtype
 from mallowspo.checks import DTYPES, check_alike, check_tensor
 from mallowspo.choices import check_positive
 
@@ -34,7 +33,7 @@ def advantage_loss(logps, ref_logps, advantages, *, temperature=0.1):
     """
     _check(logps=logps, ref_logps=ref_logps, advantages=advantages)
     check_positive("temperature", temperature)
-    logps, ref_logps, advantages = map(_at_least_float32, (logps, ref_logps.detach(), advantages.detach()))
+    logps, ref_logps, advantages = map(_wide, (logps, ref_logps.detach(), advantages.detach()))
     return (logps - ref_logps - advantages / temperature).square()
 
 
@@ -54,7 +53,7 @@ def advantage_weights(advantages, *, temperature, max_exponent=MAX_EXPONENT):
     _check(advantages=advantages)
     check_positive("temperature", temperature)
     check_positive("max_exponent", max_exponent)
-    return (_at_least_float32(advantages.detach()) / temperature).clamp(max=max_exponent).exp()
+    return (_wide(advantages.detach()) / temperature).clamp(max=max_exponent).exp()
 
 
 def expectile_loss(values, targets, *, expectile=0.5):
@@ -73,7 +72,7 @@ def expectile_loss(values, targets, *, expectile=0.5):
     _check(values=values, targets=targets)
     if not 0 < expectile < 1:
         raise ValueError(f"expectile must be in (0, 1), got {expectile}")
-    error = _at_least_float32(targets.detach()) - _at_least_float32(values)
+    error = _wide(targets.detach()) - _wide(values)
     return (expectile - (error < 0).to(error.dtype)).abs() * error.square()
 
 
@@ -83,5 +82,5 @@ def _check(**tensors):
     check_alike(**tensors)
 
 
-def _at_least_float32(tensor):
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+def _wide(tensor):
+    return tensor.to(accumulator_dtype(tensor.dtype))

@@ -17,7 +17,6 @@ from torch import nn
 
 from mallowspo.advantage import MAX_EXPONENT, advantage_weights, expectile_loss
 from mallowspo.checks import check_alike
-from mallowspo.metrics import Means
 from mallowspo.trainer import MallowsTrainer
 
 REWARD_COLUMNS = ("chosen_reward", "rejected_reward")
@@ -99,7 +98,6 @@ class HybridTrainer(MallowsTrainer):
         for parameter in self.value_head.parameters():
             nn.init.zeros_(parameter)
         self._value_optimizer = torch.optim.Adam(self.value_head.parameters(), lr=value_learning_rate)
-        self._hybrid_means = Means(self.accelerator)
         self.data_collator = _WithRewards(self.data_collator)
 
     def _prepare(self, dataset, name):
@@ -135,9 +133,11 @@ class HybridTrainer(MallowsTrainer):
         self._hybrid = {f"hybrid/{name}": sum(both.chunk(2)) / 2 for name, both in found.items()}
         return loss._replace(losses=losses), policy, reference, dispersion
 
+    def _metrics(self, *args):
+        return super()._metrics(*args) | self._hybrid
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._hybrid_means.add("train" if model.training else "eval", self._hybrid, inputs.get("counts"))
         if model.training:
             self._value_step(inputs.get("counts"))
         return result
@@ -152,18 +152,6 @@ class HybridTrainer(MallowsTrainer):
         for parameter in self.value_head.parameters():
             parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum") / pairs
         self._value_optimizer.step()
-
-    def log(self, logs, start_time=None):
-        if "loss" in logs:
-            logs |= self._hybrid_means.read("train")
-        super().log(logs, start_time)
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        self._hybrid_means.drop("eval")
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        found = self._hybrid_means.read("eval")
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
-        return output
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)

@@ -238,10 +238,14 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         loss = self.objective(logps, batch["num_tokens"], ref_logps, dispersion, plain_logps=policy.logps)
         return loss, policy, references, dispersion
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, policy, references, dispersion = self._pair_losses(model, inputs)
+    def _metrics(self, batch, loss, policy, references, dispersion):
+        """What is logged of each pair, {name: [B]}."""
         vocabulary = self._vocabulary if self._source == "entropy" else None
-        values = pair_metrics(loss, policy, next(iter(references), None), dispersion, inputs["num_tokens"], vocabulary)
+        return pair_metrics(loss, policy, next(iter(references), None), dispersion, batch["num_tokens"], vocabulary)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, *found = self._pair_losses(model, inputs)
+        values = self._metrics(inputs, loss, *found)
         self._means.add("train" if model.training else "eval", values, inputs.get("counts"))
         if num_items_in_batch is None:
             total = loss.losses.mean()
