@@ -65,3 +65,17 @@ def load_tokenizer(name, chat_template=None):
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def lora_config(rank):
+    """``peft.LoraConfig`` of that rank on every linear layer, None for rank 0: every weight is trained then.
+
+    Raises:
+        ImportError: ``peft`` is not installed; the message says how to.
+    """
+    if not rank:
+        return None
+    package_folder("peft", "peft")
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")

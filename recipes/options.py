@@ -3,10 +3,28 @@
 import argparse
 import json
 import sys
+from dataclasses import field
 from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
+
+
+def config_field(script, name="default.yaml"):
+    """The field ``config`` of a recipe's options; its default is the file of that name beside the script."""
+    return field(default=str(Path(script).with_name(name)), metadata={"help": "YAML file of options."})
+
+
+def list_field(*values, about):
+    """A field whose default is a list of these values."""
+    return field(default_factory=lambda: list(values), metadata={"help": about})
+
+
+def check_at_least_one(options, *names):
+    """ValueError for the first of the named numbers that is below 1."""
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
 
 
 def parse_options(classes, description, arguments=None):

@@ -1,10 +1,15 @@
-"""What the reports of the recipes share: the files that a report is, and Student's t."""
+"""What the reports of the recipes share: the files that a report is, versions, Student's t, ranks."""
 
 import io
 import json
 import math
+import platform
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+
+import mallowspo
 from mallowspo.files import write_whole
 
 # 97.5% quantiles of Student's t by degrees of freedom, 1 to 19; beyond, the last is a little too wide.
@@ -15,6 +20,18 @@ _T_975 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
 def t_975(degrees):
     """The 97.5% quantile of Student's t with 1, 2, ... degrees of freedom."""
     return _T_975[min(degrees, len(_T_975)) - 1]
+
+
+def ranks(values):
+    """Ranks from 1, ties at the mean of theirs."""
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[group]
+
+
+def package_versions(*packages):
+    """{name: version} of mallowspo, Python and these packages: what a report records."""
+    found = {"mallowspo": mallowspo.__version__, "python": platform.python_version()}
+    return found | {package: version(package) for package in packages}
 
 
 def write_files(output_dir, results, text, figures):

@@ -7,11 +7,9 @@ The options are run.py's. Writes results.json, results.md and comparison.png int
 """
 
 import itertools
-import platform
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,12 +24,11 @@ import report
 import run
 import sampling
 
-import mallowspo
 from mallowspo.modeling import ResponseStats
 from mallowspo.objective import preset, presets
 from mallowspo.token_weights import weighted_logps
-from options import parse_options
-from reporting import finite, plots_section, write_files
+from options import config_field, parse_options
+from reporting import finite, package_versions, plots_section, write_files
 
 COMPOSITIONS = (
     "mallows-theta+focal",
@@ -48,9 +45,7 @@ COMPARED = [row for row in report.COMPARED if row[0] in METRICS]
 
 @dataclass
 class Options(run.Options):
-    config: str = field(
-        default=str(Path(__file__).with_name("compare.yaml")), metadata={"help": "YAML file of options."}
-    )
+    config: str = config_field(__file__, "compare.yaml")
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -147,7 +142,7 @@ def is_held(objective):
 
 def run_setting(options, distance, preferences, optimizer):
     """{"reference": ..., "rows": {name: row}}: see :func:`summarise`."""
-    problem = run.make_problem(options, distance, preferences)
+    problem = options.make_problem(distance, preferences)
     pairs = make_pairs(problem, options, distance, preferences)
     at = experiment.evaluation_steps(options.steps)
     contested = np.array(options.dispersions) > 0.5
@@ -288,7 +283,7 @@ def main(arguments=None):
     torch.set_num_threads(1)  # the tensors are small
     keys = itertools.product(options.distances, options.preferences, options.optimizers)
     settings = {key: run_setting(options, *key) for key in keys}
-    versions = {"mallowspo": mallowspo.__version__, "python": platform.python_version(), "torch": version("torch")}
+    versions = package_versions("torch")
     print(write_comparison(settings, options, versions))
     print(f"written to {options.output_dir}")
 

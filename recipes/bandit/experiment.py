@@ -5,7 +5,7 @@ M methods, B betas, S seeds, C contexts, K actions, P distinct preferences of a 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 
 import mallowspo.functional as F
 from mallowspo.dispersion import calibrated_scale
+from options import list_field
 
 
 class Method(NamedTuple):
@@ -49,6 +50,35 @@ class Problem:
     utility: torch.Tensor  # [S, C, K] from 1, the best by the central ranking, to 0
     preferred: torch.Tensor  # [S, C, K, K] share of the people who prefer one action to another
     top_choices: torch.Tensor  # [S, C, K] share of the people who prefer an action to all others
+
+
+@dataclass
+class ProblemOptions:
+    """What a recipe's options say of its bandits, whatever it does with them."""
+
+    dispersions: list[float] = list_field(
+        *(0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95), about="phi of each context, in (0, 1)."
+    )
+    num_actions: int = field(default=6, metadata={"help": "K; at most 8 for spearman."})
+    demonstrations: int = field(default=100, metadata={"help": "First choices a context the reference is made of."})
+    prior: float = field(default=0.1, metadata={"help": "Pseudo-observations of each action beside them, > 0."})
+    num_seeds: int = field(default=10, metadata={"help": "At least 5, for the intervals."})
+
+    def __post_init__(self):
+        if self.num_seeds < 5:
+            raise ValueError(f"num_seeds must be at least 5 for an interval, got {self.num_seeds}")
+
+    def make_problem(self, distance, preferences):
+        """The bandits under a distance, with so many comparisons a context."""
+        return make_problem(
+            self.dispersions,
+            num_actions=self.num_actions,
+            kind=distance,
+            preferences=preferences,
+            demonstrations=self.demonstrations,
+            prior=self.prior,
+            seeds=range(self.num_seeds),
+        )
 
 
 def make_problem(dispersions, *, num_actions, kind, preferences, demonstrations, prior, seeds):

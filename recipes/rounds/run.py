@@ -7,10 +7,8 @@ Every option can stand in the YAML file or on the command line, which wins. Writ
 of each study into output_dir.
 """
 
-import platform
 import sys
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -21,46 +19,32 @@ import experiment
 import figures
 import studies
 
-import mallowspo
-from options import parse_options
-from reporting import write_files
-
-
-def _values(*values, about):
-    return field(default_factory=lambda: list(values), metadata={"help": about})
+from options import config_field, list_field, parse_options
+from reporting import package_versions, write_files
 
 
 @dataclass
-class Options:
+class Options(experiment.ProblemOptions):
     """The bandits, what every study shares, and what each of the three has of its own."""
 
-    config: str = field(
-        default=str(Path(__file__).with_name("default.yaml")), metadata={"help": "YAML file of options."}
-    )
+    config: str = config_field(__file__)
     output_dir: str = field(default="outputs/rounds", metadata={"help": "Tables, JSON and plots."})
-    dispersions: list[float] = _values(
-        *(0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95), about="phi of each context, in (0, 1)."
-    )
-    num_actions: int = field(default=6, metadata={"help": "K; at most 8 for spearman."})
     distance: str = field(default="kendall", metadata={"help": "Mallows model of people's rankings, or spearman."})
-    demonstrations: int = field(default=100, metadata={"help": "First choices a context the reference is made of."})
-    prior: float = field(default=0.1, metadata={"help": "Pseudo-observations of each action beside them, > 0."})
     rounds: int = field(default=16, metadata={"help": "Of sampling and learning."})
     steps: int = field(default=40, metadata={"help": "Of Adam, in each round."})
     learning_rate: float = field(default=0.02, metadata={"help": "Of Adam."})
     beta: float = field(default=4.0, metadata={"help": "Of DPO, in the first study and in the third."})
     num_seeds: int = field(default=20, metadata={"help": "At least 5, for the intervals."})
-    alphas: list[float] = _values(0.3, 0.6, 0.9, about="First study: extrapolation, in (0, 1).")
+    alphas: list[float] = list_field(0.3, 0.6, 0.9, about="First study: extrapolation, in (0, 1).")
     comparisons: int = field(default=60, metadata={"help": "First study: pairs a context and round."})
-    temperatures: list[float] = _values(0.05, 0.1, 0.2, 0.5, about="Second study: lambda.")
+    temperatures: list[float] = list_field(0.05, 0.1, 0.2, 0.5, about="Second study: lambda.")
     rewards: int = field(default=10, metadata={"help": "Second study: actions a context and round."})
     reward_noise: float = field(default=0.3, metadata={"help": "Second study: standard deviation of a reward."})
     candidates: int = field(default=8, metadata={"help": "Third study: pairs a context and round."})
     gold: int = field(default=8, metadata={"help": "Third study: of them, over all contexts, shown to people."})
 
     def __post_init__(self):
-        if self.num_seeds < 5:
-            raise ValueError(f"num_seeds must be at least 5 for an interval, got {self.num_seeds}")
+        super().__post_init__()
         if min(self.rounds, self.steps, self.comparisons, self.rewards, self.candidates, self.gold) < 1:
             raise ValueError("rounds, steps, comparisons, rewards, candidates and gold must be at least 1")
         if self.gold > self.candidates * len(self.dispersions):
@@ -109,20 +93,12 @@ def main(arguments=None):
     (options,) = parse_options(Options, __doc__.split("\n")[0], arguments)
     torch.set_num_threads(1)  # the tables are small
     seeds = range(options.num_seeds)
-    problem = experiment.make_problem(
-        options.dispersions,
-        num_actions=options.num_actions,
-        kind=options.distance,
-        preferences=1,  # of a fixed data set, which no study here reads
-        demonstrations=options.demonstrations,
-        prior=options.prior,
-        seeds=seeds,
-    )
+    problem = options.make_problem(options.distance, 1)  # of a fixed data set, which no study here reads
     histories, methods = run_studies(options, problem, seeds)
     results = {name: figures.summarise(history, methods[name]) for name, history in histories.items()}
     frontier = studies.frontier(problem)
     text = figures.tables(results, options)
-    versions = {"mallowspo": mallowspo.__version__, "python": platform.python_version(), "torch": version("torch")}
+    versions = package_versions("torch")
     record = {"settings": asdict(options), "versions": versions, "frontier": frontier, "studies": results}
     plots = {name: figures.plot(name, study, frontier) for name, study in results.items()}
     write_files(options.output_dir, record, text, plots)

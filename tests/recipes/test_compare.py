@@ -23,7 +23,7 @@ PREFERENCES = 12
 @pytest.fixture(scope="module")
 def bandit():
     """A problem, its pairs and policies [S, C, K] some way from the reference."""
-    problem = run.make_problem(OPTIONS, "kendall", PREFERENCES)
+    problem = OPTIONS.make_problem("kendall", PREFERENCES)
     logits = problem.ref_logps.double() + torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(7))
     return problem, compare.make_pairs(problem, OPTIONS, "kendall", PREFERENCES), logits
 
@@ -89,7 +89,7 @@ def test_every_context_is_sorted_by_itself(bandit, name):
 
 def test_the_second_reference_is_of_other_people_with_the_same_opinions():
     many = replace(OPTIONS, demonstrations=100_000)
-    problem = run.make_problem(many, "kendall", PREFERENCES)
+    problem = many.make_problem("kendall", PREFERENCES)
     second = compare.second_reference(problem, many, "kendall").exp()
     assert second.allclose(problem.top_choices.double(), atol=0.01)
     assert not second.allclose(problem.ref_logps.exp().double(), atol=1e-5)
