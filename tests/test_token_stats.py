@@ -173,6 +173,16 @@ def test_half_precision_is_float32_rounded_once(dtype, temperature):
     assert ((narrow[2].double() - exact).abs() <= rounded_once + 4e-6 * exact.abs()).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("step", [0.5, 60.0, 700.0, 1500.0])
+def test_large_steps_to_a_new_maximum(dtype, step):
+    """Later parts of a row may lie above everything before them by any amount."""
+    vocab = 20_000
+    logits, labels, grads = random_case(2, vocab, dtype, scale=1.0)
+    logits += (step * torch.linspace(0, 5, vocab).round()).to(dtype)
+    assert_as_accurate_as_torch(logits, labels, grads)
+
+
 @pytest.mark.parametrize("narrower", ["avx2", "default"])
 def test_narrower_instruction_sets(narrower):
     """The accuracy tests of this file again, in a process that may use no more than this."""

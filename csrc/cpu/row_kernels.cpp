@@ -11,7 +11,11 @@ namespace mallowspo::cpu::MALLOWSPO_ISA {
 namespace {
 
 constexpr int64_t block = 512;  // elements; a multiple of four vectors
+constexpr int64_t lookahead = 16 * block;  // elements whose maximum is found before anything is summed
 constexpr int prefetch_distance = 4096;  // bytes: the hardware's prefetcher stops at every page
+
+template <class T>
+constexpr bool is_half = sizeof(T) == 2;
 
 constexpr float lowest(float) { return -3.402823466e38f; }
 constexpr double lowest(double) { return -1.7976931348623157e308; }
@@ -43,13 +47,20 @@ Vec<A> shifted(Vec<A> l, A m) {
   return larger(Vec<A>{} + 2 * Simd<A>::underflow, l - m);
 }
 
+// Of `count` logits, a multiple of four vectors.
 template <class S>
 acc_t<S> block_max(const S* x, int64_t count) {
   using A = acc_t<S>;
-  Vec<A> top = Vec<A>{} + lowest(A{});
-  for (int64_t k = 0; k < count; k += Packed<S>::count * Simd<A>::width)
-    for (const Vec<A>& logits : unpack(x + k).v) top = larger(logits, top);
-  return max_of<A>(top);
+  constexpr int per_load = Packed<S>::count;
+  Vec<A> top[4];
+  for (Vec<A>& t : top) t = Vec<A>{} + lowest(A{});
+  for (int64_t k = 0; k < count; k += 4 * Simd<A>::width)
+    for (int u = 0; u < 4; ++u) {
+      if (u % per_load) continue;
+      const Packed<S> logits = unpack(x + k + u * Simd<A>::width);
+      for (int i = 0; i < per_load; ++i) top[u + i] = larger(logits.v[i], top[u + i]);
+    }
+  return max_of<A>(larger(larger(top[0], top[1]), larger(top[2], top[3])));
 }
 
 template <class A>
@@ -79,6 +90,15 @@ BlockSums<acc_t<S>> block_sums(const S* x, int64_t count, acc_t<S> m) {
   return {sums, !any_of((most >= 1) | ~(sums.t <= 0))};
 }
 
+// Moves the row to a larger maximum, if this is one.
+template <class A>
+void raise(RowState<A>& state, A top) {
+  if (!(top > state.m)) return;
+  const Vec<A> delta = shifted<A>(Vec<A>{} + state.m, top);
+  shift(state.sums, delta, exp_of(delta));
+  state.m = top;
+}
+
 // Adds a block to the row. Most blocks hold nothing above the maximum so far: one sweep is tried against that one, and
 // made again where it turns out otherwise.
 template <class S>
@@ -89,11 +109,7 @@ void add_block(const S* x, int64_t count, RowState<acc_t<S>>& state) {
   if (!block.below) {
     const A top = block_max(x, count);
     if (top > state.m || any_of(block.sums.t - block.sums.t != 0) || state.m == lowest(A{})) {
-      if (top > state.m) {
-        const Vec<A> delta = shifted<A>(Vec<A>{} + state.m, top);
-        shift(state.sums, delta, exp_of(delta));
-        state.m = top;
-      }
+      raise(state, top);
       block = block_sums<true>(x, count, state.m);
     }
   }
@@ -106,11 +122,17 @@ void read_row(const TokenStatsArgs& args, int64_t r, acc_t<T>* scratch, RowState
   using A = acc_t<T>;
   const T* row = static_cast<const T*>(args.logits) + args.layout.offset(r);
   const int64_t label = args.labels[r] - args.first_entry;
+  const bool is_direct = !std::is_same_v<T, Float16> && args.inverse_temperature == 1;
+  if constexpr (!std::is_same_v<T, Float16>) {
+    // The k-th block has a new maximum, and is swept twice, with probability 1/k: not worth trying at the beginning.
+    if (is_direct && state.m == lowest(A{}))
+      raise(state, block_max(row, (args.vocab < lookahead ? args.vocab : lookahead) / block * block));
+  }
   for (int64_t start = 0; start < args.vocab; start += block) {
     const int64_t count = args.vocab - start < block ? args.vocab - start : block;
     const bool has_label = label >= start && label < start + count;
     if constexpr (!std::is_same_v<T, Float16>) {
-      if (count == block && args.inverse_temperature == 1) {
+      if (count == block && is_direct) {
         if (has_label) state.label_logit = widen(row[label]);
         add_block(row + start, count, state);
         continue;
@@ -195,7 +217,8 @@ void tile(const TokenStatsTileArgs& args, int64_t begin, int64_t end) {
     weighted[r] = args.last() ? entropy_of(log_s, sums) : sums.t;
     label_logit[r] = args.last() ? log_prob_of(state.label_logit, state.m, log_s) : state.label_logit;
     if (args.numerators) {
-      map_row(t, row, row, scratch, [&](Vec<A> l) { return -inverse_temperature * exp_of(shifted<A>(l, state.m)); });
+      map_row(t, row, row, scratch,
+              [&](Vec<A> l) { return exp_of<is_half<T>>(shifted<A>(l, state.m), -inverse_temperature); });
       if (label >= 0 && label < t.vocab) narrow(A(0), row + label);
     }
   }
@@ -224,10 +247,11 @@ void backward(const TokenStatsBackwardArgs& args, int64_t begin, int64_t end) {
     const A entropy = value(f.entropy), m = value(f.row_max), log_s = value(f.log_sum);
     const auto gradient = [&](Vec<A> l) {
       const Vec<A> log_p = shifted<A>(l, m) - log_s;
-      return logit_gradient(log_p, exp_of(log_p), g_logp, g_entropy, entropy);
+      return logit_gradient(log_p, exp_of<is_half<T>>(log_p), g_logp, g_entropy, entropy);
     };
-    // The same where g_entropy is 0, two operations shorter.
-    const auto without_entropy = [&](Vec<A> l) { return -g_logp * exp_of(shifted<A>(l, m) - log_s); };
+    // The same where g_entropy is 0, some operations shorter.
+    const A scale = -g_logp * exp_of(-log_s);
+    const auto without_entropy = [&](Vec<A> l) { return exp_of<is_half<T>>(shifted<A>(l, m), scale); };
     const bool has_label = label >= 0 && label < f.vocab;
     // Before the row is overwritten, where it is.
     const A own = has_label ? gradient(Vec<A>{} + widen(row[label]) * inverse_temperature)[0] + g_logp : A(0);

@@ -68,9 +68,10 @@ inline bool any_of(Mask mask) {
   return folded[0] != 0;
 }
 
-// e^x for finite x <= 0 (and a little above) with an error of about an ulp, exactly 1 at 0, and 0 where it underflows;
-// NaN for NaN. x = n log 2 + f with a whole n; the polynomials are the Taylor sums, long enough that the first term left
-// out is below a quarter of an ulp.
+// scale e^x for finite x <= 0 (and a little above), e^x with an error of about an ulp, exactly 1 at 0, and 0 where it
+// underflows; NaN for NaN. x = n log 2 + f with a whole n; the polynomials are the Taylor sums, long enough that the
+// first term left out is below a quarter of an ulp. The scale is the same all along a row. `coarse` is for sums, where a
+// wrong maximum may be tried: for any x > 0 it gives more than 1, if nothing better.
 #if defined(__AVX512F__)
 inline Vec<float> larger(Vec<float> a, Vec<float> b) {
   return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
@@ -78,25 +79,36 @@ inline Vec<float> larger(Vec<float> a, Vec<float> b) {
 
 inline bool any_of(Simd<float>::Int mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
 
-// Here n is a multiple of 1/16, so that a cubic will do; a table has the sixteen powers of two between. In a `sum` with
-// terms near 1 the last digits of log 2 do not count: its error is n times 2e-9 of a term e^-n.
-template <bool sum = false>
-inline Vec<float> exp_of(Vec<float> x) {
-  constexpr Vec<float> powers = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
-                                 1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
-                                 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
-  const Vec<float> shifted = x * 1.44269504f + 786432.0f;  // 1.5 * 2^19: rounds to sixteenths in the low bits
-  const Vec<float> n = shifted - 786432.0f;
+// Here n is a multiple of 1/32, and a table has the 32 powers of two between. A cubic is exact to far below an ulp. In a
+// sum with terms near 1, and where half precision follows, `coarse` will do: a quadratic whose linear term takes up three
+// quarters of the cubic one, off by at most half an ulp, as much up as down; and log 2 without its last digits, which is
+// off by n times 2e-9 of e^-n.
+template <bool coarse = false>
+inline Vec<float> exp_of(Vec<float> x, float scale = 1) {
+  constexpr Vec<float> low = {1.0f,        1.02189715f, 1.04427378f, 1.06714040f, 1.09050773f, 1.11438674f,
+                              1.13878863f, 1.16372486f, 1.18920712f, 1.21524736f, 1.24185781f, 1.26905096f,
+                              1.29683955f, 1.32523664f, 1.35425555f, 1.38390988f};
+  constexpr Vec<float> high = {1.41421356f, 1.44518081f, 1.47682615f, 1.50916443f, 1.54221083f, 1.57598085f,
+                               1.61049033f, 1.64575548f, 1.68179283f, 1.71861930f, 1.75625216f, 1.79470908f,
+                               1.83400809f, 1.87416763f, 1.91520656f, 1.95714412f};
+  const Vec<float> shifted = x * 1.44269504f + 393216.0f;  // 1.5 * 2^18: rounds to 1/32 in the low bits
+  const Vec<float> n = shifted - 393216.0f;
   Vec<float> f = x - n * 0.693147182f;  // fused: the product is not rounded
-  if (!sum) f += n * 1.90465421e-9f;    // log 2 to twice the digits
-  Vec<float> p = 1.0f / 6 * f + 0.5f;
-  p = (p * f + 1.0f) * f;
-  const Vec<float> power = (Vec<float>)_mm512_permutexvar_ps((__m512i)shifted, (__m512)powers);
+  Vec<float> p;
+  if (coarse) {
+    p = (0.5f * f + 1.0000147f) * f;  // 1 + h^2 / 8 for |f| <= h = log 2 / 64
+  } else {
+    f += n * 1.90465421e-9f;  // log 2 to twice the digits
+    p = ((1.0f / 6 * f + 0.5f) * f + 1.0f) * f;
+  }
+  const Vec<float> power =
+      (Vec<float>)_mm512_permutex2var_ps((__m512)(low * scale), (__m512i)shifted, (__m512)(high * scale));
   return (Vec<float>)_mm512_scalef_ps((__m512)(power * p + power), (__m512)n);  // times 2^floor(n)
 }
 #else
-template <bool sum = false>
-inline Vec<float> exp_of(Vec<float> x) {
+template <bool coarse = false>
+inline Vec<float> exp_of(Vec<float> x, float scale = 1) {
+  if (coarse) x = -Simd<float>::underflow < x ? Vec<float>{} - Simd<float>::underflow : x;
   const Vec<float> shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
   const Vec<float> n = shifted - 12582912.0f;
   const Vec<float> f = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // log 2 in two parts
@@ -113,12 +125,13 @@ inline Vec<float> exp_of(Vec<float> x) {
   bits += n_bits << 23;
   Vec<float> e;
   std::memcpy(&e, &bits, sizeof e);
-  return x < Simd<float>::underflow ? Vec<float>{} : e;
+  return x < Simd<float>::underflow ? Vec<float>{} : scale * e;
 }
 #endif
 
-template <bool sum = false>
-inline Vec<double> exp_of(Vec<double> x) {
+template <bool coarse = false>
+inline Vec<double> exp_of(Vec<double> x, double scale = 1) {
+  if (coarse) x = -Simd<double>::underflow < x ? Vec<double>{} - Simd<double>::underflow : x;
   const Vec<double> shifted = x * 1.4426950408889634 + 6755399441055744.0;
   const Vec<double> n = shifted - 6755399441055744.0;
   const Vec<double> f = (x - n * 0.69314718036912382) - n * 1.9082149292705877e-10;
@@ -138,10 +151,10 @@ inline Vec<double> exp_of(Vec<double> x) {
   Simd<double>::Int bits;
   std::memcpy(&bits, &shifted, sizeof bits);
   bits = (bits + 1023) << 52;
-  Vec<double> scale;
-  std::memcpy(&scale, &bits, sizeof scale);
-  const Vec<double> e = scale + scale * p;
-  return x < Simd<double>::underflow ? Vec<double>{} : e;
+  Vec<double> power;
+  std::memcpy(&power, &bits, sizeof power);
+  const Vec<double> e = power + power * p;
+  return x < Simd<double>::underflow ? Vec<double>{} : scale * e;
 }
 
 template <class T>
@@ -200,6 +213,16 @@ inline Bits rounded_to_upper_half(Bits bits) {
   return bits + 0x7fff + ((bits >> 16) & 1);
 }
 
+typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
+
+#if defined(__AVX512F__)
+inline Words rounded_to_upper_half(Words bits) {  // one instruction fewer
+  const __m512i most = (__m512i)(bits + 0x7fff);
+  const __mmask16 is_odd = _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(0x10000));
+  return (Words)_mm512_mask_add_epi32(most, is_odd, most, _mm512_set1_epi32(1));
+}
+#endif
+
 inline void narrow(float f, BFloat16* out) {
   uint32_t bits;
   std::memcpy(&bits, &f, sizeof bits);
@@ -233,7 +256,6 @@ inline Packed<T> unpack(const T* p) {
 }
 
 inline Packed<BFloat16> unpack(const BFloat16* p) {
-  typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
   Words words;
   std::memcpy(&words, p, sizeof words);
   const Words even = words << 16, odd = words & 0xffff0000u;
@@ -249,7 +271,6 @@ inline void pack(const Packed<T>& packed, T* p) {
 }
 
 inline void pack(const Packed<BFloat16>& packed, BFloat16* p) {
-  typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
   Words even, odd;
   std::memcpy(&even, &packed.v[0], sizeof even);
   std::memcpy(&odd, &packed.v[1], sizeof odd);
