@@ -74,12 +74,20 @@ def time_contest(contest, device, benchmark):
     """{name: {"median", "low", "high"}} in seconds, low and high being the quartiles, and the number of rounds.
 
     pytest-benchmark times ours; its set-up, which it does not time, runs all the others once before each round, each
-    round from another one on.
+    round from another one on. Before every timed call stands one that is not, of the same contender: what the one
+    before has left in caches and free memory is not its successor's doing.
     """
     contenders = contest.contenders()
     warm_up(contest, device)
     times, calls = {}, {}
+
+    def settle(run):
+        if contest.prepare is not None:
+            contest.prepare()
+        run()
+
     for name, run in contenders.items():
+        settle(run)
         once = seconds(run, device, contest.prepare)
         calls[name] = 1 if contest.prepare else max(1, int(CALL_SECONDS / once))
         times[name] = [once] if calls[name] == 1 else []  # a round like the others, unless it was too short
@@ -91,7 +99,9 @@ def time_contest(contest, device, benchmark):
         names = [name for name in contenders if name != "ours"]
         first = len(times["ours"]) % len(names) if names else 0
         for name in names[first:] + names[:first]:
+            settle(contenders[name])
             times[name].append(seconds(contenders[name], device, contest.prepare, calls[name]))
+        settle(contest.ours)
         if contest.prepare is not None:
             contest.prepare()
         synchronize(device)

@@ -1,7 +1,8 @@
 """linear_token_stats: hidden states [1024, D] and a head [V, D] -> log-probabilities and entropies, and DPO on them.
 
-The tokens are two pairs of responses of 256 tokens. Least work: one product of [N, D] with [D, V] for the forward, two
-with the hidden states' gradient (head frozen), three with the head's (head trained).
+The tokens are two pairs of responses of 256 tokens, or of 64. Least work: one product of [N, D] with [D, V] for the
+forward, two with the hidden states' gradient (head frozen), three with the head's (head trained); a fourth for logits
+that a fixed budget of memory does not hold until the backward.
 """
 
 import pytest
@@ -12,7 +13,7 @@ from contest import Contest, optional
 from mallowspo.reference import torch_token_stats
 from shapes import count, sizes
 
-CASES = ["forward", "frozen head", "trained head"]
+CASES = {"forward": [1], "frozen head": [2], "trained head": [3, 4], "trained head, 256 tokens": [3]}  # products
 SLOW = pytest.mark.slow
 SHAPES = [
     pytest.param("SmolLM2-135M", "float32"),
@@ -75,7 +76,7 @@ def liger_dpo(hidden, weight, labels, wanted):
 
 
 def products(hidden, weight, number):
-    """The first `number` of the three products, into buffers that exist."""
+    """The first `number` of the four products, into buffers that exist."""
     hidden, weight = hidden.detach().flatten(0, 1), weight.detach()
     logits = hidden @ weight.T
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
@@ -86,6 +87,8 @@ def products(hidden, weight, number):
             torch.mm(logits, weight, out=grad_hidden)
         if number > 2:
             torch.mm(logits.T, hidden, out=grad_weight)
+        if number > 3:
+            torch.mm(hidden, weight.T, out=logits)
 
     return {f"{number} product{'s' if number > 1 else ''}": run}
 
@@ -97,16 +100,18 @@ def contest(device, dtype, shape, case):
     def normal(*shape, scale):
         return (scale * torch.randn(*shape, generator=generator)).to(device, getattr(torch, dtype))
 
-    hidden, weight = normal(4, count(256), width, scale=1.0), normal(vocabulary, width, scale=width**-0.5)
+    length = 64 if case.endswith("256 tokens") else 256
+    hidden, weight = normal(4, count(length), width, scale=1.0), normal(vocabulary, width, scale=width**-0.5)
     labels = torch.randint(vocabulary, hidden.shape[:-1], generator=generator).to(device)
     others, memory = log_probs(), shape == MEMORY_SHAPE
-    number = 1 + CASES.index(case)
-    limits = products(hidden, weight, number)
+    limits = {}
+    for number in CASES[case]:
+        limits |= products(hidden, weight, number)
     if case == "forward":
         runs = {name: other and (lambda other=other: other(hidden, weight, labels)) for name, other in others.items()}
         return Contest(lambda: F.linear_token_stats(hidden, weight, labels).logps, runs, limits, memory=memory)
 
-    wanted = (hidden, weight)[: number - 1]
+    wanted = (hidden, weight) if case.startswith("trained") else (hidden,)
     for tensor in wanted:
         tensor.requires_grad_()
 

@@ -151,7 +151,7 @@ def test_a_run_at_toy_sizes(tmp_path):
         spreads = [measured["ours"], *measured["competitors"].values(), *measured["limits"].values()]
         assert len(spreads) >= 3
         assert all(0 < found["low"] <= found["median"] <= found["high"] for found in spreads)
-    assert set(rows["token_stats"]["extra_memory_mib"]) == {"ours", "eager"}
+    assert {"ours", "eager"} <= set(rows["token_stats"]["extra_memory_mib"])
     assert {"CPU model", "threads", "torch", "trl", "liger-kernel", "mallowspo", "git commit", "date"} <= set(
         results["facts"]
     )
