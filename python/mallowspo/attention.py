@@ -10,8 +10,11 @@ transformers knows an attention function that attends to each sequence by itself
 whole batch exists. A model loaded with "flex_attention" gets the same pattern as a block mask, for GPUs.
 """
 
+from itertools import islice
+
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -28,16 +31,25 @@ def _attention(module, query, key, value, attention_mask, segments=None, **kwarg
     pieces = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     outputs = []
     for prompt, responses in segments:
-        for number in range(len(responses)):
-            q, k, v = next(pieces)
-            mask = None
-            if number == 0:
-                prompt_k, prompt_v = k[:, :, :prompt], v[:, :, :prompt]
-            else:
-                k, v = torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)
-                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prompt)[None, None]
-            outputs.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
+        q, k, v = next(pieces)
+        outputs.append(sdpa_attention_forward(module, q, k, v, None, **kwargs)[0])
+        prompt_k, prompt_v = k[:, :, :prompt], v[:, :, :prompt]
+        for q, k, v in islice(pieces, len(responses) - 1):
+            k, v = torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)
+            outputs.append(_continuation(q, k, v, prompt, **kwargs).transpose(1, 2))
     return torch.cat(outputs, dim=1), None
+
+
+def _continuation(query, key, value, prompt, dropout=0.0, scaling=None, **_):
+    """SDPA of a response [1, heads, R, head size] to the keys of its prompt and its own.
+
+    The query heads of one key head become one longer sequence of queries, so that no key or value is repeated.
+    """
+    length, shared = query.shape[2], query.shape[1] // key.shape[1]
+    mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril(prompt).repeat(shared, 1)
+    query = query.unflatten(1, (-1, shared)).flatten(2, 3)
+    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return output.unflatten(2, (shared, length)).flatten(1, 2)
 
 
 AttentionInterface.register(ATTENTION, _attention)
