@@ -5,9 +5,10 @@ and to itself; its positions continue the prompt's. Every token is encoded once 
 is that of the separate sequences, for less. `mallowspo.collator.pack` lays batches out like this; its `segments` are,
 for each prompt, its length and those of its responses.
 
-The layers find `segments` among the keyword arguments of their model's forward. Under the name in `ATTENTION`,
-transformers knows an attention function that attends to each sequence by itself with torch's SDPA: no mask over the
-whole batch exists. A model loaded with "flex_attention" gets the same pattern as a block mask, for GPUs.
+The layers find `segments` among the keyword arguments of their model's forward, and `masks`, a dictionary that the
+first of them fills for all. Under the name in `ATTENTION`, transformers knows an attention function that attends to
+each sequence by itself with torch's SDPA: no mask over the whole batch exists. A model loaded with "flex_attention"
+gets the same pattern as a block mask, for GPUs.
 """
 
 from itertools import islice
@@ -22,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION = "mallowspo"  # the name of the attention below among those of transformers
 
 
-def _attention(module, query, key, value, attention_mask, segments=None, **kwargs):
+def _attention(module, query, key, value, attention_mask, segments=None, masks=None, **kwargs):
     """SDPA of each sequence of a packed batch [1, heads, T, head size]; of any other batch as it was meant."""
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -36,20 +37,23 @@ def _attention(module, query, key, value, attention_mask, segments=None, **kwarg
         prompt_k, prompt_v = k[:, :, :prompt], v[:, :, :prompt]
         for q, k, v in islice(pieces, len(responses) - 1):
             k, v = torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)
-            outputs.append(_continuation(q, k, v, prompt, **kwargs).transpose(1, 2))
+            outputs.append(_continuation(q, k, v, prompt, masks, **kwargs))
     return torch.cat(outputs, dim=1), None
 
 
-def _continuation(query, key, value, prompt, dropout=0.0, scaling=None, **_):
-    """SDPA of a response [1, heads, R, head size] to the keys of its prompt and its own.
+def _continuation(query, key, value, prompt, masks, dropout=0.0, scaling=None, **_):
+    """SDPA [1, R, heads, head size] of a response's queries to the keys of its prompt and its own.
 
-    The query heads of one key head become one longer sequence of queries, so that no key or value is repeated.
+    Query heads that share a key head are a batch with the same keys, none of which is repeated.
     """
     length, shared = query.shape[2], query.shape[1] // key.shape[1]
-    mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril(prompt).repeat(shared, 1)
-    query = query.unflatten(1, (-1, shared)).flatten(2, 3)
-    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
-    return output.unflatten(2, (shared, length)).flatten(1, 2)
+    name = length, prompt, query.dtype  # one mask for all layers, which would each keep its own for the backward
+    if name not in masks:
+        masks[name] = query.new_full((length, prompt + length), -torch.inf).triu(prompt + 1)
+    query = query.unflatten(1, (-1, shared))[0].transpose(0, 1)
+    key, value = key.expand(shared, -1, -1, -1), value.expand(shared, -1, -1, -1)
+    output = scaled_dot_product_attention(query, key, value, masks[name], dropout_p=dropout, scale=scaling)
+    return output.permute(2, 1, 0, 3).flatten(1, 2)[None]
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -61,7 +65,7 @@ def packed_inputs(config, input_ids, segments):
     if config._attn_implementation == "flex_attention":
         return {"attention_mask": block_mask(segments, input_ids.device)}
     # A mask of four dimensions is handed to the layers as it is: none is built, and none is read.
-    return {"attention_mask": input_ids.new_ones(1, 1, 1, 1), "segments": segments}
+    return {"attention_mask": input_ids.new_ones(1, 1, 1, 1), "segments": segments, "masks": {}}
 
 
 def block_mask(segments, device):
