@@ -27,6 +27,8 @@ class Contest:
         competitors: name -> the same result by somebody else, None where that is not installed.
         limits: name -> the least that any implementation has to do: its reads and writes, or its matrix products.
         prepare: untimed, before every single call, for contenders that overwrite their input.
+        settle: whether an untimed call of the same contender comes before every timed one. Where page faults count:
+            how many a call has depends on the memory that the call before it has freed.
         memory: whether the extra memory of this contest is worth the time of measuring it.
     """
 
@@ -34,6 +36,7 @@ class Contest:
     competitors: dict[str, Callable | None] = field(default_factory=dict)
     limits: dict[str, Callable] = field(default_factory=dict)
     prepare: Callable | None = None
+    settle: bool = False
     memory: bool = False
 
     def contenders(self):
@@ -74,17 +77,17 @@ def time_contest(contest, device, benchmark):
     """{name: {"median", "low", "high"}} in seconds, low and high being the quartiles, and the number of rounds.
 
     pytest-benchmark times ours; its set-up, which it does not time, runs all the others once before each round, each
-    round from another one on. Before every timed call stands one that is not, of the same contender: what the one
-    before has left in caches and free memory is not its successor's doing.
+    round from another one on.
     """
     contenders = contest.contenders()
     warm_up(contest, device)
     times, calls = {}, {}
 
     def settle(run):
-        if contest.prepare is not None:
-            contest.prepare()
-        run()
+        if contest.settle:
+            if contest.prepare is not None:
+                contest.prepare()
+            run()
 
     for name, run in contenders.items():
         settle(run)

@@ -89,6 +89,7 @@ def contest(device, dtype, shape, case):
         {name: other and (lambda other=other: gradient(other)) for name, other in others.items()},
         {"read, read + write": read_and_overwrite} if in_place else {"read, copy to fresh": read_and_copy},
         prepare=None if original is None else restore,
+        settle=True,
         memory=memory,
     )
 

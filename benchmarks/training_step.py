@@ -42,13 +42,18 @@ LEGEND = (
 
 
 def time_cell(cell, setting, rounds):
-    """The row of a cell: all contenders step in turn on the same batches, each round from another one on."""
+    """The row of a cell: all contenders step in turn on the same batches, each round from another one on.
+
+    Two steps each, the second of them timed: the first finds in the system's free memory what the contender before has
+    left, which in a training of its own no step does.
+    """
     steps = make_steps(trainers.CONTENDERS, cell, setting, setting.data(cell.prompts, BATCHES))
     losses = {name: [step()] for name, step in steps.items()}  # which allocates, and wakes threads
     times, names = {name: [] for name in steps}, list(steps)
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            losses[name].append(steps[name]())
             times[name].append(seconds(lambda name=name: losses[name].append(steps[name]()), setting.device))
     spreads = {name: spread(values) for name, values in times.items()}
     lengths = [[len(ids) for ids in pair] for pair in steps[OURS].token_ids()]
@@ -84,6 +89,14 @@ def memory_of_cell(cell, setting):
         del trainer
         release(setting.device)
     return extra
+
+
+def memory_in_subprocess(cell, args):
+    """The same, from a process of its own; None where this machine does not tell."""
+    if not memory.measurable(args.device):
+        return None
+    options = ["--memory-of", trainers.CELLS.index(cell), "--device", args.device, "--model", args.model]
+    return memory.json_of([sys.executable, __file__, *map(str, options)])
 
 
 def losses_over(count, training, setting):
@@ -157,6 +170,7 @@ def parse_arguments():
     parser.add_argument("--select", action="append", default=[], metavar="TEXT", help="only cells whose name has it")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each contender and cell, after one more")
     parser.add_argument("--loss-steps", type=int, default=20, help="steps whose losses are compared with TRL's")
+    parser.add_argument("--memory-from", metavar="FILE.json", help="take the memory, most of the time, from this run")
     parser.add_argument("--draw", metavar="FILE.json", help="make Markdown and plot of an earlier run again")
     parser.add_argument("--memory-of", type=int, metavar="CELL", help=argparse.SUPPRESS)  # the process of its own
     args = parser.parse_args()
@@ -173,6 +187,8 @@ def parse_arguments():
 
 def measure(args, setting):
     """The results of all selected cells; every finished one is printed."""
+    earlier = json.loads(Path(args.memory_from).read_text())["rows"] if args.memory_from else []
+    known = {row["case"]: row["extra_memory_mib"] for row in earlier}
     trainings = [training for training in TRAININGS if any(cell.training == training for cell in args.cells)]
     facts = {"model": args.model} | machine.facts(args.device)
     losses = [losses_over(args.loss_steps, training, setting) for training in trainings]
@@ -181,9 +197,7 @@ def measure(args, setting):
     for cell in args.cells:
         row = time_cell(cell, setting, args.rounds)
         release(args.device)  # the process that measures the memory needs its room
-        options = ["--memory-of", trainers.CELLS.index(cell), "--device", args.device, "--model", args.model]
-        command = [sys.executable, __file__, *map(str, options)]
-        row["extra_memory_mib"] = memory.json_of(command) if memory.measurable(args.device) else None
+        row["extra_memory_mib"] = known.get(str(cell)) or memory_in_subprocess(cell, args)
         heading, found = table([row])
         print("; ".join(f"{name} {text}" for name, text in zip(heading, found, strict=True)), flush=True)
         rows.append(row)
