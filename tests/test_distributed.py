@@ -211,12 +211,19 @@ def test_a_sharded_checkpoint_is_also_a_model(folder, engine):
     close(loaded, expected)
 
 
-def test_log_probabilities_are_not_rounded_with_the_layers(folder):
-    """What FSDP's mixed precision would do to everything the model returns."""
-    alone, *ranks = (load(folder / where, "half", rank) for where, rank in (("alone", 0), ("fsdp2", 0), ("fsdp2", 1)))
+@pytest.mark.parametrize(
+    "engine, name",
+    of_engines(*((engine, name) for engine, names in distributed_worker.SHARDED_HALF.items() for name in names)),
+)
+def test_log_probabilities_are_not_rounded_with_the_layers(run, engine, name):
+    """What FSDP's mixed precision does to all that a model returns, and DeepSpeed to all that it is given."""
+    alone, *ranks = run
     for rank in ranks:
-        assert rank["split"]
-        for name in ("chosen_logps", "rejected_logps"):
-            found = torch.from_numpy(rank["scores"][name])
+        assert rank["engine"] == ENGINES[engine]
+        assert sum("loss" in log for log in rank["logs"]) == distributed_worker.STEPS
+        for column in ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps"):
+            found = torch.from_numpy(rank["scores"][column])
             assert not torch.equal(found, found.bfloat16().double())
-            np.testing.assert_allclose(found, alone["scores"][name], rtol=0.03)
+            np.testing.assert_allclose(found, alone["scores"][column], rtol=0.03)
+        for found, expected in zip(rank["gradients"], alone["gradients"], strict=True):
+            assert found.keys() == (set() if ENGINES[engine] == "DEEPSPEED" else expected.keys())

@@ -64,6 +64,13 @@ class DistributedTrainer(Trainer):
             raise ValueError(f"{resume_from_checkpoint} is no checkpoint that was written to the end; choose another")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _prepare_input(self, data):
+        if torch.is_tensor(
+            data
+        ):  # DeepSpeed's would be rounded to the dtype of its layers, and no layer reads a float
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
+
     def check_sharded(self):
         """ValueError where FSDP or DeepSpeed is to split the model over the ranks and has not yet."""
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not self.accelerator._models:
