@@ -65,9 +65,7 @@ class DistributedTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _prepare_input(self, data):
-        if torch.is_tensor(
-            data
-        ):  # DeepSpeed's would be rounded to the dtype of its layers, and no layer reads a float
+        if torch.is_tensor(data):  # the base class rounds floats to DeepSpeed's dtype, as if layers read them
             return data.to(self.args.device)
         return super()._prepare_input(data)
 

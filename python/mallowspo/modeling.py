@@ -290,8 +290,8 @@ def evaluating(model):
 
 @contextmanager
 def without_adapter(model):
-    """The PEFT model with its adapter off for a while, and trained still: FSDP asks which weights are, in the first
-    forward of all, and rounds the gradients of the others."""
+    """The PEFT model with its adapter off for a while, though not frozen as peft has it: which weights are trained is
+    what FSDP asks once, in the first forward of all."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with model.disable_adapter():
         for parameter in trained:
