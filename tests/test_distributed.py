@@ -1,7 +1,9 @@
 """Two processes under ``accelerate launch`` (gloo) against one: gradients, weights, metrics and the reference pass.
 
-With recipes/accelerate/ddp.yaml and fsdp2.yaml, on the CPU and in full precision.
+With each file of recipes/accelerate, on the CPU and in full precision.
 """
+
+import importlib.util
 
 import distributed_worker
 import numpy as np
@@ -11,27 +13,38 @@ import torch
 CLOCK = ("runtime", "per_second", "preparation_time")
 # Which response is ahead is a matter of rounding where policy and reference are equal.
 ROUNDING = ("rewards/accuracies",)
-RUNS = [("ddp", name) for name in distributed_worker.RUNS]
-RUNS += [("fsdp2", name) for name in distributed_worker.SHARDED_RUNS]
+ENGINES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED", "deepspeed_zero3": "DEEPSPEED"}
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+
+
+def of_engines(*rows):
+    """Test parameters that begin with an engine's name."""
+    skip = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed: pip install deepspeed")
+    return [pytest.param(*row, marks=skip if "deepspeed" in row[0] else (), id="-".join(row)) for row in rows]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What each number of ranks left, in alone/, ddp/, fsdp2/ and fsdp2-alone/."""
+    """What one process left, in alone/, and what two did, in a folder named after their engine."""
     folder = tmp_path_factory.mktemp("distributed")
-    for name in ("alone", "ddp", "fsdp2", "fsdp2-alone"):
-        (folder / name).mkdir()
+    (folder / "alone").mkdir()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     distributed_worker.run(folder / "alone", distributed_worker.RUNS | distributed_worker.HALF)
     distributed_worker.resumable(folder / "alone", "saved")
+    distributed_worker.resumable(folder / "alone", "saved without reference", **distributed_worker.NO_REFERENCE)
     for adapter in (False, True):
         distributed_worker.sharded(folder / "alone", adapter)
     for config, what, where, start, processes in (
         ("ddp", "ddp", "ddp", "alone/saved/checkpoint-2", 2),
         ("fsdp2", "fsdp2", "fsdp2", "fsdp2/saved/checkpoint-2", 2),
-        ("fsdp2", "fsdp2 resume", "fsdp2-alone", "fsdp2/saved/checkpoint-2", 1),
+        ("fsdp2", "resume", "fsdp2-alone", "fsdp2/saved/checkpoint-2", 1),
+        ("deepspeed_zero2", "deepspeed_zero2", "deepspeed_zero2", "deepspeed_zero2/saved/checkpoint-2", 2),
+        ("deepspeed_zero3", "deepspeed_zero3", "deepspeed_zero3", "deepspeed_zero3/saved/checkpoint-2", 2),
     ):
+        if "deepspeed" in config and not HAS_DEEPSPEED:
+            continue
+        (folder / where).mkdir()
         status, output = distributed_worker.launch(config, what, folder / where, folder / start, processes=processes)
         assert status == 0, output[-4000:]
     distributed_worker.resumable(folder / "alone", "resumed", folder / "ddp/saved/checkpoint-2")
@@ -43,10 +56,9 @@ def load(folder, name, rank):
     return torch.load(folder / f"{name}.{rank}.pt", weights_only=False)
 
 
-@pytest.fixture(params=RUNS, ids="-".join)
-def run(request, folder):
+@pytest.fixture
+def run(folder, engine, name):
     """Facts of the single process, of rank 0, of rank 1."""
-    engine, name = request.param
     return load(folder / "alone", name, 0), load(folder / engine, name, 0), load(folder / engine, name, 1)
 
 
@@ -62,25 +74,39 @@ def close(found, expected, rtol=1e-4, atol=1e-6):
         )
 
 
-def test_the_launch_was_what_it_claims(request, run):
+every_run = pytest.mark.parametrize(
+    "engine, name",
+    of_engines(
+        *(("ddp", name) for name in distributed_worker.RUNS),
+        *((engine, name) for engine, names in distributed_worker.SHARDED_RUNS.items() for name in names),
+    ),
+)
+
+
+@every_run
+def test_the_launch_was_what_it_claims(run, engine):
     alone, *ranks = run
     assert alone["world"] == 1 and [rank["world"] for rank in ranks] == [2, 2]
-    sharded = request.node.callspec.params["run"][0] == "fsdp2"
-    assert not alone["sharded"] and [rank["sharded"] for rank in ranks] == [sharded] * 2
+    assert alone["engine"] == "NO" and [rank["engine"] for rank in ranks] == [ENGINES[engine]] * 2
+    split = engine in ("fsdp2", "deepspeed_zero3")
+    assert not alone["split"] and [rank["split"] for rank in ranks] == [split] * 2
 
 
-def test_gradients_and_weights_are_those_of_one_process(run):
+@every_run
+def test_gradients_and_weights_are_those_of_one_process(run, engine):
     alone, *ranks = run
     assert len(alone["gradients"]) == distributed_worker.STEPS
     assert all(max(g.abs().max() for g in step.values()) > 1e-3 for step in alone["gradients"])
     for rank in ranks:
-        for found, expected in zip(rank["gradients"], alone["gradients"], strict=True):
-            close(found, expected)
-        close(rank["weights"], alone["weights"])
+        close(rank["weights"], alone["weights"])  # plain SGD: what DeepSpeed, whose gradients are gone, shows them by
+        if ENGINES[engine] != "DEEPSPEED":
+            for found, expected in zip(rank["gradients"], alone["gradients"], strict=True):
+                close(found, expected)
     for ours, theirs in zip(*(rank["gradients"] for rank in ranks), strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@every_run
 def test_training_metrics_are_those_of_one_process(run):
     alone, rank, _ = run
     expected = [comparable(log) for log in alone["logs"] if "loss" in log]
@@ -92,6 +118,7 @@ def test_training_metrics_are_those_of_one_process(run):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=2e-6)
 
 
+@every_run
 def test_evaluation_metrics_are_those_of_one_process(run):
     """The ranks' last batches are filled up with pairs from the start; those must not count."""
     alone, *ranks = run
@@ -103,6 +130,7 @@ def test_evaluation_metrics_are_those_of_one_process(run):
     assert alone["after"]["eval_loss"] != alone["before"]["eval_loss"]
 
 
+@every_run
 def test_ranks_report_the_same_keys_and_values(run):
     _, *ranks = run
     for ours, theirs in zip(*(rank["logs"] for rank in ranks), strict=True):
@@ -110,6 +138,7 @@ def test_ranks_report_the_same_keys_and_values(run):
         assert comparable(ours) == comparable(theirs)
 
 
+@every_run
 def test_the_reference_pass_keeps_the_order(run):
     alone, *ranks = run
     for rank in ranks:
@@ -121,6 +150,7 @@ def test_the_reference_pass_keeps_the_order(run):
             assert np.hstack(rank["columns"][name]) == pytest.approx(np.hstack(values), rel=1e-5)
 
 
+@every_run
 def test_scores_are_those_of_one_process(run):
     alone, *ranks = run
     for rank in ranks:
@@ -148,30 +178,52 @@ def test_fsdp_sees_the_head(folder, name):
 # Saved on two processes, resumed on one, and the other way round
 
 
+def whole_run(engine):
+    """The run of one process that saves as this engine's did."""
+    return "saved without reference" if engine == "deepspeed_zero3" else "saved"
+
+
 @pytest.mark.parametrize(
-    "path", ["ddp/saved.0", "ddp/resumed.0", "ddp/resumed.1", "alone/resumed.0",
-             "fsdp2/saved.0", "fsdp2/resumed.0", "fsdp2/resumed.1", "fsdp2-alone/resumed.0"],
-)  # fmt: skip
-def test_a_resumed_run_ends_where_the_whole_one_does(folder, path):
-    expected, found = (torch.load(folder / f"{name}.pt", weights_only=False) for name in ("alone/saved.0", path))
+    "where, name",
+    of_engines(
+        *(("ddp", name) for name in ("saved.0", "resumed.0", "resumed.1")),
+        ("alone", "resumed.0"),
+        *(("fsdp2", name) for name in ("saved.0", "resumed.0", "resumed.1")),
+        ("fsdp2-alone", "resumed.0"),
+        *(("deepspeed_zero2", name) for name in ("saved.0", "resumed.0", "resumed.1")),
+        *(("deepspeed_zero3", name) for name in ("saved.0", "resumed.0", "resumed.1")),
+    ),
+)
+def test_a_resumed_run_ends_where_the_whole_one_does(folder, where, name):
+    paths = (f"alone/{whole_run(where)}.0", f"{where}/{name}")
+    expected, found = (torch.load(folder / f"{path}.pt", weights_only=False) for path in paths)
     close(found["weights"], expected["weights"])
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4) and len(found["losses"]) == 5
 
 
-def test_a_sharded_checkpoint_is_also_a_model(folder):
+@pytest.mark.parametrize("engine", of_engines(("fsdp2",), ("deepspeed_zero2",), ("deepspeed_zero3",)))
+def test_a_sharded_checkpoint_is_also_a_model(folder, engine):
     """Of whole weights, to load from anywhere."""
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(folder / "fsdp2/saved/checkpoint-4").state_dict()
-    close(loaded, AutoModelForCausalLM.from_pretrained(folder / "alone/saved/checkpoint-4").state_dict())
+    paths = (folder / engine / "saved/checkpoint-4", folder / "alone" / whole_run(engine) / "checkpoint-4")
+    loaded, expected = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in paths)
+    close(loaded, expected)
 
 
-def test_log_probabilities_are_not_rounded_with_the_layers(folder):
-    """What FSDP's mixed precision would do to everything the model returns."""
-    alone, *ranks = (load(folder / where, "half", rank) for where, rank in (("alone", 0), ("fsdp2", 0), ("fsdp2", 1)))
+@pytest.mark.parametrize(
+    "engine, name",
+    of_engines(*((engine, name) for engine, names in distributed_worker.SHARDED_HALF.items() for name in names)),
+)
+def test_log_probabilities_are_not_rounded_with_the_layers(run, engine, name):
+    """What FSDP's mixed precision does to all that a model returns, and DeepSpeed to all that it is given."""
+    alone, *ranks = run
     for rank in ranks:
-        assert rank["sharded"]
-        for name in ("chosen_logps", "rejected_logps"):
-            found = torch.from_numpy(rank["scores"][name])
+        assert rank["engine"] == ENGINES[engine]
+        assert sum("loss" in log for log in rank["logs"]) == distributed_worker.STEPS
+        for column in ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps"):
+            found = torch.from_numpy(rank["scores"][column])
             assert not torch.equal(found, found.bfloat16().double())
-            np.testing.assert_allclose(found, alone["scores"][name], rtol=0.03)
+            np.testing.assert_allclose(found, alone["scores"][column], rtol=0.03)
+        for found, expected in zip(rank["gradients"], alone["gradients"], strict=True):
+            assert found.keys() == (set() if ENGINES[engine] == "DEEPSPEED" else expected.keys())

@@ -1,7 +1,8 @@
-"""The Python in the pages of docs/ runs, and what they say of other libraries is so where those are installed."""
+"""The Python of the README and of docs/ runs, and what they say of files, commands and other libraries is so."""
 
 import dataclasses
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
 from mallowspo import MallowsConfig, preset
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+README, DOCS = ROOT / "README.md", ROOT / "docs"
 BLOCKS = {
     f"{page.name} {number}": block
-    for page in sorted(DOCS.glob("*.md"))
+    for page in (README, *sorted(DOCS.glob("*.md")))
     for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S), 1)
 }
+RECIPES = sorted(path for path in (ROOT / "recipes").iterdir() if any(path.glob("*.py")))
 
 
 def given():
@@ -33,10 +36,35 @@ def test_the_code_of_the_pages_runs(name, tmp_path, monkeypatch):
     if "integrations.trl" in BLOCKS[name]:
         pytest.importorskip("trl", reason="trl is not installed: pip install 'mallowspo[trl]'")
     monkeypatch.chdir(tmp_path)
+    for own in (tiny_model(), tiny_tokenizer()):
+        own.save_pretrained("path/or/hub-name")
     namespace = given()
     exec(compile(BLOCKS[name], name, "exec"), namespace)
     if "trainer" in namespace:
         assert namespace["trainer"].state.global_step == 4
+
+
+@pytest.mark.parametrize("folder", ["python/mallowspo", *(f"recipes/{path.name}" for path in RECIPES)])
+def test_the_tree_has_every_module_once(folder):
+    tree = README.read_text().split("## The tree")[1].split("```")[1]
+    (said,) = re.findall(rf"^{folder}/ *(.*(?:\n .*)*)", tree, re.M)
+    named = Counter(re.findall(r"(?<![\w/])\w+\.py\b", said))
+    assert named == Counter(path.name for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py")
+
+
+def test_every_make_target_there_is():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {
+        *re.findall(r"^([\w-]+):", makefile, re.M),
+        *re.search(r"^EXPERIMENTS := (.*)", makefile, re.M)[1].split(),
+    }
+    pages = [README, *ROOT.glob("*/README.md"), *ROOT.glob("recipes/*/README.md"), *DOCS.glob("*.md")]
+    text = "\n".join(page.read_text() for page in pages)
+    named = {
+        *re.findall(r"(?:^|`)make ([a-z][\w-]*)", text, re.M),
+        *re.findall(r"^\| \[(\w+)\]\(recipes/", text, re.M),
+    }
+    assert {"demo", "test", "benchmark-step", "rounds"} <= named <= targets
 
 
 def cells(heading, column):
@@ -61,7 +89,7 @@ def test_every_argument_of_trl_is_in_the_page():
 
 def test_liger_gives_the_dpo_loss_of_the_page():
     liger = pytest.importorskip("liger_kernel.chunked_loss", reason="liger_kernel is not installed")
-    (block,) = (block for block in BLOCKS.values() if "linear_token_stats" in block)
+    (block,) = (block for name, block in BLOCKS.items() if "coming_from" in name and "linear_token_stats" in block)
     namespace = {}
     exec(block, namespace)
     hidden, weight, target = (namespace[name] for name in ("hidden", "weight", "target"))

@@ -64,6 +64,24 @@ class DistributedTrainer(Trainer):
             raise ValueError(f"{resume_from_checkpoint} is no checkpoint that was written to the end; choose another")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _prepare_input(self, data):
+        if torch.is_tensor(data):  # the base class rounds floats to DeepSpeed's dtype, as if layers read them
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
+
+    def check_sharded(self):
+        """ValueError where FSDP or DeepSpeed is to split the model over the ranks and has not yet."""
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not self.accelerator._models:
+            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise ValueError(
+                f"{engine} splits the model over the ranks in train(), together with its optimiser; evaluate() and "
+                "score() need it split: call train() before, with eval_on_start=True to evaluate the model as it was"
+            )
+
+    def evaluation_loop(self, *args, **kwargs):
+        self.check_sharded()
+        return super().evaluation_loop(*args, **kwargs)
+
     def _get_num_items_in_batch(self, batch_samples, device):
         """Pairs in the whole optimiser step, over micro-batches and ranks: what its loss is divided by.
 

@@ -288,6 +288,17 @@ def evaluating(model):
             module.training = True
 
 
+@contextmanager
+def without_adapter(model):
+    """The PEFT model with its adapter off for a while, though not frozen as peft has it: which weights are trained is
+    what FSDP asks once, in the first forward of all."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with model.disable_adapter():
+        for parameter in trained:
+            parameter.requires_grad_()
+        yield
+
+
 def whole(model):
     """The model, if this rank holds all its weights; ValueError otherwise."""
     if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):

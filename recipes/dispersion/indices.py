@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 from mallowspo import functional as F
 from mallowspo.collator import pad
-from mallowspo.dispersion import fingerprint, load_cache, save_cache
+from mallowspo.dispersion import load_cache, save_cache
 from mallowspo.modeling import attach_token_stats, evaluating
+from models import model_key
 
 # The sentence as a completion of these: the first for the paper's index, the others for the contrast between them.
 WRITE = {
@@ -113,7 +114,7 @@ class _Reader:
     bar: tqdm
 
     def __post_init__(self):
-        self.model_key = fingerprint(self.model, dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), ()), {})
+        self.model_key = model_key(self.model, {})
 
     def write(self, name, prompt, texts):
         """:func:`sentence_stats` of texts behind one prompt."""

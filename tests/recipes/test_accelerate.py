@@ -1,4 +1,4 @@
-"""The files for ``accelerate launch --config_file``: accelerate reads them. tests/test_distributed.py starts two."""
+"""The files for ``accelerate launch --config_file``: accelerate reads them. tests/test_distributed.py starts each."""
 
 from pathlib import Path
 

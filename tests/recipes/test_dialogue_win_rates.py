@@ -15,8 +15,8 @@ from dialogue_recipe import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from load_recipe import hide_package, import_recipe
-from tiny import tiny_model, tiny_tokenizer
-from transformers import BertConfig, BertForSequenceClassification
+from tiny import GPT2_SHAPE, tiny_model, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 win_rates, judges, sampling, win_rate_report, *_ = import_recipe(
     "dialogue", "win_rates", "judges", "sampling", "win_rate_report", "report", "sources"
@@ -119,36 +119,45 @@ def test_the_embedding_judge_measures_closeness_to_the_human(embedding_judge):
     ]
 
 
-def reward_folder(path, tokenizer, labels):
-    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    config = BertConfig(vocab_size=len(tokenizer), num_labels=labels, initializer_range=1.0, pad_token_id=0, **shape)
-    torch.manual_seed(0)
-    BertForSequenceClassification(config).save_pretrained(path)
+def reward_folder(path, model_type="bert", labels=1, seed=0):
+    """A random classifier; BERT reads its first token, GPT-2 the last one that is no padding."""
+    tokenizer = tiny_tokenizer()
+    bert = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    shape = bert if model_type == "bert" else GPT2_SHAPE
+    config = {"vocab_size": len(tokenizer), "num_labels": labels, "initializer_range": 1.0, "pad_token_id": 0} | shape
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(model_type, **config))
+    model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
 
 
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"])
-def test_a_reward_model_is_measured_from_the_human_reply(tmp_path, template):
+@pytest.mark.parametrize("model_type", ["bert", "gpt2"])
+def test_a_reward_model_is_measured_from_the_human_reply(tmp_path, model_type, template):
+    folder = reward_folder(tmp_path, model_type)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    judge = judges.load_judge(reward_folder(tmp_path / "rm", tokenizer, 1))
+    tokenizer.save_pretrained(folder)
+    judge = judges.load_judge(folder)
     prompts = ["red cat", [{"role": "user", "content": "red cat"}]] * 2
     scores = judge.scores(prompts, ["blue"] * 4, ["blue", "blue", "green dog one two", "green dog one two"])
     assert scores[:2] == pytest.approx([0, 0], abs=1e-6)
     assert scores[2] == pytest.approx(scores[3], abs=1e-6) != 0  # padding and the form of the prompt do not matter
+    (alone,) = judges.load_judge(folder).scores(prompts[:1], ["blue"], ["green dog one two"])
+    assert alone == pytest.approx(scores[2], abs=1e-6)
     wins = judge.preferences(prompts[:3], ["blue"] * 3, ["green dog one two", "blue", "red"], ["blue", "blue", "red"])
     assert wins == [float(scores[2] > 0), 0.5, 0.5]
 
 
 def test_a_reward_model_with_several_outputs_is_refused(tmp_path):
     with pytest.raises(ValueError, match="one output, .* has 3"):
-        judges.load_judge(reward_folder(tmp_path / "rm", tiny_tokenizer(), 3))
+        judges.load_judge(reward_folder(tmp_path, labels=3))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_score_that_is_no_number_stops_the_run(tmp_path, monkeypatch, bad):
-    judge = judges.load_judge(reward_folder(tmp_path / "rm", tiny_tokenizer(), 1))
+    judge = judges.load_judge(reward_folder(tmp_path))
     monkeypatch.setattr(judge, "_score", lambda rows: torch.tensor([0.5, bad])[: len(rows)])
     with pytest.raises(ValueError, match=f"gives {bad} to the reply 'dog' to 'two'"):
         judge.scores(["one", "two"], ["red", "red"], ["cat", "dog"])
@@ -156,7 +165,7 @@ def test_a_score_that_is_no_number_stops_the_run(tmp_path, monkeypatch, bad):
 
 @contextlib.contextmanager
 def endpoint(answer):
-    """A chat model on this machine; ``answer(message)`` -> text, or bytes for the whole body, or an HTTP status."""
+    """A chat model on this machine; ``answer(message)`` -> text, bytes (the body), an HTTP status, None to hang up."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -164,6 +173,8 @@ def endpoint(answer):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append((self.path, dict(self.headers), body))
             said = answer(body["messages"][0]["content"])
+            if said is None:
+                return
             self.send_response(said if isinstance(said, int) else 200)
             self.end_headers()
             if isinstance(said, str):
@@ -240,6 +251,10 @@ def test_an_endpoint_that_is_not_there_or_slow_is_named():
     with endpoint(lambda message: time.sleep(0.5) or "A") as (url, _):
         with pytest.raises(ConnectionError, match="is not reachable .*timed out"):
             judges.EndpointJudge(url, "m", timeout=0.1)
+    with endpoint(lambda message: "A" if "one plus one" in message else None) as (url, _):
+        judge = judges.load_judge(url, "m")
+        with pytest.raises(ConnectionError, match=f"{url} is not reachable .*without response.*stages are kept"):
+            judge.preferences(["p"], ["h"], ["x"], ["y"])
 
 
 def test_a_url_and_a_model_name_belong_together():
@@ -488,6 +503,16 @@ def test_a_whole_run_goes_on_where_it_was_interrupted(command, monkeypatch, caps
     assert "| mallows-theta against dpo | topics held out | 1.0 |" in text
     for name in ("win_rates.png", "length_bias.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_under_a_reward_model_and_under_another_in_its_place(command, tmp_path):
+    run, _ = command
+    judge = ("--judge", reward_folder(tmp_path / "reward", "gpt2"), "--methods", "dpo", "--num_seeds", "1")
+    first = run(*judge)
+    assert run(*judge) == first
+    reward_folder(tmp_path / "reward", "gpt2", seed=1)
+    second = run(*judge)
+    assert second["judge"] != first["judge"] and second["comparisons"] != first["comparisons"]
 
 
 def test_a_corrupt_adapter_or_stage_stops_the_run(command):
