@@ -110,6 +110,8 @@ def test_a_whole_run_trains_every_preset_and_a_repeated_one_none(small_archive, 
     assert found.keys() == EVERYTHING | {("dpo", 1.0), ("reference", None)}
     assert found["reference", None]["kl"]["mean"] == pytest.approx(0, abs=1e-4)
     assert all(row["kl"]["mean"] != 0 for key, row in found.items() if key[1])
+    first, second = (out / "stages").glob("reference-*")  # mrpo's
+    assert run.model_digest(first) != run.model_digest(second)
     text = (out / "results.md").read_text()
     assert re.findall(r"^\| ([^|]+) \|", text, re.MULTILINE)[1:] == [row["method"] for row in rows]
     assert f"of {len(EVERYTHING) - 1} differences" in text
