@@ -25,14 +25,15 @@ from options import COMPOSITIONS, config_field
 from reporting import plots_section, write_files
 
 DPO = "dpo"
-AT_EQUAL = {"steps": "equal steps", "kl": "equal KL"}  # ways to compare with dpo
-BLACK, COLORS = "#222222", {"steps": "#0b62a4", "kl": "#d1570d"}
+AT_EQUAL = {"equal_steps": "equal steps", "equal_kl": "equal KL"}  # ways to compare with dpo
+BLACK, COLORS = "#222222", {"equal_steps": "#0b62a4", "equal_kl": "#d1570d"}
 NOTES = (
     "Means over seeds, held-out prefixes and completions, with 95% percentile intervals from resampling seeds and "
-    "prefixes together; with five seeds they are somewhat too narrow, and the pairs are the same in all. Gain: reward "
-    "above the reference's. KL: nats a completion. Equal steps: dpo at its own beta. Equal KL: dpo's frontier, "
-    "straight lines from the reference through its betas, at the KL of the preset or, if dpo nowhere goes as far, at "
-    "its largest.",
+    "prefixes together; with five seeds they are somewhat too narrow, and the pairs are the same in all.",
+    "KL: nats a completion; a small one can come out negative. Gain: reward above the reference's. Equal steps: "
+    "against dpo at its own beta. Equal KL: against dpo's frontier, straight lines from the reference through its "
+    "betas, at the KL of the preset or, if dpo nowhere goes as far, at its largest, on the preset's own "
+    "line from the reference.",
     "▲ higher, ▼ lower than dpo's, beyond the interval; bold: also beyond intervals that hold for all at once.",
 )
 CAPTION = "Dots are means, bars 95% intervals, each by itself; dotted: dpo at its own beta."
@@ -67,9 +68,9 @@ def summarise(runs):
         runs: of ``run.train_and_evaluate``.
 
     Returns:
-        dicts of ``method``, ``beta``, the intervals of ``report.measure`` and ``gain``, and ``minus_dpo``: {"steps",
-        "kl": difference in reward, {"mean", "low", "high", "at_once"}}, empty for the reference and dpo. At_once:
-        whether it is beyond intervals that hold for all presets together; None without intervals.
+        dicts of ``method``, ``beta``, the intervals of ``report.measure`` and ``gain``, and ``minus_dpo``:
+        {"equal_steps", "equal_kl": difference in reward, {"mean", "low", "high", "at_once"}; "at_kl"}, empty for the
+        reference and dpo. At_once: whether it is beyond intervals that hold for all presets together; None without.
     """
     groups = {}
     for made in runs:
@@ -83,12 +84,13 @@ def summarise(runs):
         intervals["gain"] = resampling.interval(values["reward"] - reference["reward"])
         rows.append({"method": method, "beta": beta, **intervals, "minus_dpo": {}})
     compared = [row for row in rows if row["method"] not in (run.REFERENCE, DPO)]
-    differences = {"steps": [], "kl": []}
+    differences = {way: [] for way in AT_EQUAL}
     for row in compared:
         gap = found[row["method"], row["beta"]]["reward"] - dpo["reward"]
         resampled = None if resampling.seeds is None else resampling.means(gap)
-        differences["steps"].append((gap.mean(), resampled))
-        differences["kl"].append(report.frontier_gap(found, row["method"], DPO, resampling)[1:])
+        differences["equal_steps"].append((gap.mean(), resampled))
+        row["minus_dpo"]["at_kl"], *gap = report.frontier_gap(found, row["method"], DPO, resampling)
+        differences["equal_kl"].append(gap)
     for way, gaps in differences.items():
         for row, gap, at_once in zip(compared, gaps, beyond_at_once(gaps), strict=True):
             row["minus_dpo"][way] = report.summary(*gap) | {"at_once": at_once}

@@ -72,14 +72,14 @@ def test_differences_to_dpo_at_equal_steps_and_at_equal_kl():
     assert rows["simpo", 2.0]["gain"]["mean"] == pytest.approx(0.8)
     theta, simpo, ipo = (rows[key]["minus_dpo"] for key in (("mallows-theta", 0.1), ("simpo", 2.0), ("ipo", 0.1)))
     # At KL 2 dpo has 0.3 + 0.2 / 3; simpo at dpo's largest KL, 4, is half-way from 0.1 to 0.9.
-    assert theta["steps"]["mean"] == pytest.approx(0)
-    assert theta["kl"]["mean"] == pytest.approx(0.2 - 0.2 / 3)
-    assert simpo["steps"]["mean"] == pytest.approx(0.4)
-    assert simpo["kl"]["mean"] == pytest.approx(0)
-    assert simpo["steps"]["at_once"] and compare.sign(simpo["steps"]) == 1
+    assert theta["equal_steps"]["mean"] == pytest.approx(0)
+    assert theta["equal_kl"]["mean"] == pytest.approx(0.2 - 0.2 / 3)
+    assert simpo["equal_steps"]["mean"] == pytest.approx(0.4)
+    assert (simpo["equal_kl"]["mean"], simpo["at_kl"]) == (pytest.approx(0), 4)
+    assert simpo["equal_steps"]["at_once"] and compare.sign(simpo["equal_steps"]) == 1
     # One prefix in four: some resamplings have none of it.
-    assert ipo["steps"]["mean"] == pytest.approx(0.25)
-    assert ipo["steps"]["low"] == 0 and compare.sign(ipo["steps"]) == 0
+    assert ipo["equal_steps"]["mean"] == pytest.approx(0.25)
+    assert ipo["equal_steps"]["low"] == 0 and compare.sign(ipo["equal_steps"]) == 0
 
 
 def test_intervals_for_all_at_once_are_wider_than_each_by_itself():
