@@ -27,17 +27,9 @@ import sampling
 from mallowspo.modeling import ResponseStats
 from mallowspo.objective import preset, presets
 from mallowspo.token_weights import weighted_logps
-from options import config_field, parse_options
+from options import COMPOSITIONS, config_field, parse_options
 from reporting import finite, package_versions, plots_section, write_files
 
-COMPOSITIONS = (
-    "mallows-theta+focal",
-    "mallows-phi+focal",
-    "mallows-theta+minor",
-    "mallows-theta+js",
-    "mallows-theta+wpo",
-    "mallows-theta+bmc",
-)
 EARLY = "dpo, stopped early"  # the yardstick of the presets that no beta holds at the reference
 METRICS = ("optimal", "reward", "entropy_contested", "top_choice_distance")
 COMPARED = [row for row in report.COMPARED if row[0] in METRICS]

@@ -11,14 +11,16 @@ Writes results.json, results.md, frontier.png and diversity.png into output_dir.
 import json
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import xxhash
 from datasets import Dataset, disable_progress_bars, load_dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what the recipes share
@@ -72,14 +74,14 @@ class RecipeArguments:
     lora_rank: int = field(default=16, metadata={"help": "Train LoRA adapters of this rank; 0: every weight."})
 
 
-def parse_arguments(arguments=None):
-    """(RecipeArguments, MallowsConfig, runs); runs are (preset, beta) in the order of the grid.
+def parse_arguments(arguments=None, kind=RecipeArguments):
+    """(RecipeArguments or one of its kind, MallowsConfig, runs); runs are (preset, beta) in the order of the grid.
 
     Raises:
         ValueError: options of :func:`options.parse_options`, a grid that cannot be meant, a number below 1, several
             processes.
     """
-    recipe, training = parse_options((RecipeArguments, MallowsConfig), __doc__.split("\n")[0], arguments)
+    recipe, training = parse_options((kind, MallowsConfig), __doc__.split("\n")[0], arguments)
     if training.beta is not None or training.loss_type != MallowsConfig.loss_type:
         raise ValueError("loss_type and beta are given by the grid; leave them out")
     if training.world_size > 1:
@@ -201,10 +203,11 @@ def training_of(training, method, beta, seed, folder):
     )
 
 
-def train(reference, tokenizer, rows, training, rank):
-    """(trained model, the last line of its log)."""
+def train(reference, tokenizer, rows, training, rank, second=None):
+    """(trained model, the last line of its log). Second: the second reference, for MRPO alone."""
     trainer = MallowsTrainer(
         model=reference,
+        ref_model=None if second is None else [None, second],
         args=training,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -268,8 +271,24 @@ def collect_pairs(recipe, prefixes, reference, identity, tokenizer, reward, seed
     return rows, report.describe_pairs(rows, dropped, prefixes, completions, rewards)
 
 
-def main(arguments=None):
-    recipe, training, grid = parse_arguments(arguments)
+class Shared(NamedTuple):
+    """What every training of a run starts from."""
+
+    recipe: RecipeArguments
+    training: MallowsConfig
+    stages: Stages
+    folder: Path  # of the stages
+    split: dict  # of split_reviews
+    reward: Callable
+    name: str  # the reference's folder or hub name
+    tokenizer: PreTrainedTokenizerBase
+    reference: PreTrainedModel
+    rows: list  # the pairs
+    pairs: dict  # of report.describe_pairs
+
+
+def prepare(recipe, training):
+    """All stages before the trainings: Shared."""
     folder = Path(training.output_dir) / "stages"
     stages = Stages(folder)
     reward = preferences.load_reward(recipe.reward, recipe.reward_label, training.device)
@@ -277,40 +296,74 @@ def main(arguments=None):
     split = stages.value("prefixes", [*sizes, training.seed], lambda: split_reviews(recipe, training.seed))
 
     name = tuned_reference(recipe, training, split["tune"], stages)
-    identity = model_digest(name)
     tokenizer = load_tokenizer(name)
     reference = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(training.device).eval()
     attach_token_stats(reference)
-    rows, pairs = collect_pairs(recipe, split["train"], reference, identity, tokenizer, reward, training.seed, stages)
+    found = [reference, model_digest(name), tokenizer, reward]
+    rows, pairs = collect_pairs(recipe, split["train"], *found, training.seed, stages)
     print(report.describe(pairs))
+    return Shared(recipe, training, stages, folder, split, reward, name, tokenizer, reference, rows, pairs)
 
-    runs = []
+
+def second_reference(shared):
+    """The folder of MRPO's second reference: tuned as the first on the same texts, from another seed.
+
+    Raises:
+        ValueError: nothing was tuned, so that the two would be one.
+    """
+    if not shared.split["tune"]:
+        raise ValueError("mrpo mixes two references, tuned from different seeds: sft_texts must be at least 1, got 0")
+    another = replace(shared.training, seed=shared.training.seed + 1)
+    return tuned_reference(shared.recipe, another, shared.split["tune"], shared.stages)
+
+
+def train_and_evaluate(shared, points, domains):
+    """The runs that ``report.summarise`` takes: of the reference and of each (preset, beta), for every seed.
+
+    Args:
+        shared: of :func:`prepare`. domains: those whose held-out prefixes are completed.
+    """
+    recipe, training, stages, folder = shared[:4]
+    identity, runs = model_digest(shared.name), []
+    held_out = {domain: shared.split["held out"][domain] for domain in domains}
     # Seed by seed, so that an interrupted run has whole seeds.
-    jobs = [(training.seed + i, *run) for i in range(recipe.seeds) for run in [(REFERENCE, None), *grid]]
+    jobs = [(training.seed + i, *point) for i in range(recipe.seeds) for point in [(REFERENCE, None), *points]]
     for seed, method, beta in (bar := tqdm(jobs, desc="train and evaluate")):
         bar.set_postfix_str(f"{method} {beta or ''} seed {seed}")
-        inputs, settings = {"method": method, "seed": seed, "model": identity, "held out": split["held out"]}, None
-        inputs |= {"samples": recipe.eval_samples, "tokens": recipe.max_new_tokens}
+        inputs, settings, second = {"method": method, "seed": seed, "model": identity}, None, None
+        inputs |= {"held out": held_out, "samples": recipe.eval_samples, "tokens": recipe.max_new_tokens}
         inputs |= {"reward": [recipe.reward, recipe.reward_label]}
         if method != REFERENCE:
             settings = training_of(training, method, beta, seed, folder)
-            inputs |= {"training": training_facts(settings), "rank": recipe.lora_rank, "pairs": rows}
+            inputs |= {"training": training_facts(settings), "rank": recipe.lora_rank, "pairs": shared.rows}
+            if preset(method).reference_weights is not None:
+                second = second_reference(shared)
+                inputs["second"] = model_digest(second)
             place = f"{method}-{beta}-{seed}-{digest(inputs)[:12]}"
             settings = replace(settings, output_dir=str(folder / place))
 
-        def job(seed=seed, settings=settings):
-            model, log = reference, {}
+        def job(seed=seed, settings=settings, second=second):
+            model, log = shared.reference, {}
             if settings is not None:
-                model, log = train(name, tokenizer, rows, settings, recipe.lora_rank)
-            found = evaluate(model, reference, tokenizer, reward, recipe, split["held out"], seed)
+                model, log = train(shared.name, shared.tokenizer, shared.rows, settings, recipe.lora_rank, second)
+            found = evaluate(model, shared.reference, shared.tokenizer, shared.reward, recipe, held_out, seed)
             return {"domains": found, "log": log}
 
         runs.append({"method": method, "beta": beta, "seed": seed} | stages.value("run", inputs, job))
+    return runs
 
-    settings = {"recipe": asdict(recipe), "training": training.to_sanitized_dict()}
+
+def record(recipe, training):
+    """(settings, versions): what a report says of how its numbers were made."""
     packages = ["torch", "transformers", "datasets"] + ["peft"] * bool(recipe.lora_rank)
-    versions = package_versions(*packages)
-    print(report.write_report(training.output_dir, runs, pairs, settings, versions))
+    return {"recipe": asdict(recipe), "training": training.to_sanitized_dict()}, package_versions(*packages)
+
+
+def main(arguments=None):
+    recipe, training, grid = parse_arguments(arguments)
+    shared = prepare(recipe, training)
+    runs = train_and_evaluate(shared, grid, reviews.DOMAINS)
+    print(report.write_report(training.output_dir, runs, shared.pairs, *record(recipe, training)))
     print(f"written to {training.output_dir}")
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 from dialogue_recipe import paper_options
+from generation_recipe import byte_model, small_archive  # noqa: F401
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -6,24 +6,13 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from load_recipe import RECIPES, hide_package, import_recipe, tar_of
+from generation_recipe import FOLDER, command, preferences, report, reviews, run, sampling
+from load_recipe import hide_package
 from tiny import tiny_model, tiny_tokenizer
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as tokenizer_models
-from transformers import (
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from mallowspo.modeling import attach_token_stats
 
-FOLDER = RECIPES / "controllable_generation"
-run, report, sampling, preferences, reviews = import_recipe(
-    "controllable_generation", "run", "report", "sampling", "preferences", "reviews"
-)
 PREFIXES = ["red", "cat sky down", "one two"]
 
 
@@ -181,24 +170,6 @@ def test_pairs_join_the_best_with_the_worst():
 # ---- reviews -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_archive(tmp_path, monkeypatch):
-    """An archive of 30 sentences a domain where the recipe looks for the real one."""
-    inner = {}
-    for domain, stem in reviews.DOMAINS.items():
-        rows = [(str(i), f"{domain} number {i} is all about item {i} and no more") for i in range(30)]
-        inner[f"x/{stem}_GroundTruth.txt"] = "".join(f"{key}\t0.5\t{text}\n" for key, text in rows).encode()
-        ratings = "".join(f"{key}\t0.5\t0.1\t[1, -2, 0]\n" for key, _ in rows)
-        inner[f"x/{stem}_anonDataRatings.txt"] = ratings.encode()
-    data = tar_of({f"vader/{reviews.INNER}": tar_of(inner)})
-    monkeypatch.setenv("MALLOWSPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(reviews, "ARCHIVE_SHA256", reviews.hashlib.sha256(data).hexdigest())
-    (tmp_path / "cache").mkdir()
-    path = tmp_path / "cache" / reviews.ARCHIVE
-    path.write_bytes(data)
-    return path
-
-
 def sizes(**options):
     chosen = {"train_prefixes": 4, "eval_prefixes": 3, "sft_texts": 6, "prefix_words": 5} | options
     return run.parse_arguments([part for k, v in chosen.items() for part in (f"--{k}", str(v))])[0]
@@ -353,52 +324,16 @@ def test_report_is_written_and_its_json_parses(tmp_path, seeds):
 # ---- a whole run ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def byte_model(tmp_path):
-    """A folder with a random model that reads bytes."""
-    vocabulary = {token: i for i, token in enumerate(["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    backend = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(tmp_path / "model")
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=257, **shape)).save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
-
-
-def command(model, out, **options):
-    chosen = {
-        "model": model,
-        "output_dir": out,
-        "grid": '{"dpo": [0.1], "mallows-simpo": [2.0]}',
-        "seeds": 2,
-        "train_prefixes": 4,
-        "eval_prefixes": 2,
-        "sft_texts": 8,
-        "max_new_tokens": 4,
-        "sample_batch_size": 3,
-        "min_gap": -1,  # what random bytes say has no sentiment
-        "learning_rate": 0.1,
-        "per_device_train_batch_size": 4,
-        "max_length": 80,
-        "use_cpu": "true",
-        "save_strategy": "no",
-        "report_to": "none",
-    } | options
-    return [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
-
-
 def test_a_run_that_was_interrupted_goes_on_and_a_repeated_one_trains_nothing(
     small_archive, byte_model, tmp_path, monkeypatch
 ):
     train, trained = run.train, []
 
-    def interrupted(reference, tokenizer, rows, training, rank):
+    def interrupted(*args):
         if len(trained) == 3:
             raise KeyboardInterrupt
-        trained.append((training.loss_type, training.seed))
-        return train(reference, tokenizer, rows, training, rank)
+        trained.append((args[3].loss_type, args[3].seed))
+        return train(*args)
 
     monkeypatch.setattr(run, "train", interrupted)
     out = tmp_path / "out"
