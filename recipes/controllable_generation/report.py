@@ -55,10 +55,11 @@ class Resampling(NamedTuple):
 
     def interval(self, values):
         """{"mean", "low", "high"}; the last two None without weights."""
-        return _summary(values.mean(), None if self.seeds is None else self.means(values))
+        return summary(values.mean(), None if self.seeds is None else self.means(values))
 
 
-def _summary(mean, resampled):
+def summary(mean, resampled):
+    """{"mean", "low", "high"}: a 95% percentile interval, None without resampled means."""
     low, high = (None, None) if resampled is None else map(float, np.quantile(resampled, [0.025, 0.975]))
     return {"mean": float(mean), "low": low, "high": high}
 
@@ -122,13 +123,18 @@ def summarise(runs):
                 gaps = {name: resampling.interval(ours[name] - theirs[name]) for name in ("reward", "kl")}
                 comparisons.append({"domain": group, "method": method, "host": host, "beta": beta, **gaps})
         for method in dict.fromkeys(method for method, _ in keys if HOSTS.get(method) in dict(keys)):
-            gap = _frontier_gap(found, method, HOSTS[method], resampling)
+            at, gap, resampled = frontier_gap(found, method, HOSTS[method], resampling)
+            gap = {"at_kl": at, "reward": summary(gap, resampled)}
             comparisons.append({"domain": group, "method": method, "host": HOSTS[method], **gap})
     return points, comparisons
 
 
-def _frontier_gap(found, method, host, resampling):
-    """Reward of the method minus that of its host at the largest KL that both reach."""
+def frontier_gap(found, method, host, resampling):
+    """Reward of the method minus that of its host at the largest KL that both reach: (KL, gap, [R] resampled gaps).
+
+    Args:
+        found: {(method, beta): of :func:`measure`}, with the reference. resampling: without weights the last is None.
+    """
 
     def curve(name, mean):
         chosen = [values for (other, _), values in found.items() if other in (name, REFERENCE)]
@@ -142,8 +148,8 @@ def _frontier_gap(found, method, host, resampling):
     gap, resampled = height(curves[0], at) - height(curves[1], at), None
     if resampling.seeds is not None:
         both = [np.moveaxis(curve(name, resampling.means), 2, 0) for name in (method, host)]
-        resampled = [height(ours, at) - height(theirs, at) for ours, theirs in zip(*both, strict=True)]
-    return {"at_kl": float(at), "reward": _summary(gap, resampled)}
+        resampled = np.array([height(ours, at) - height(theirs, at) for ours, theirs in zip(*both, strict=True)])
+    return float(at), gap, resampled
 
 
 def describe_pairs(rows, dropped, prefixes, completions, rewards):
@@ -216,8 +222,8 @@ def _tables(points, comparisons, pairs, seeds):
         ]
         for p in points:
             if p["domain"] == domain:
-                gain = "" if p["method"] == REFERENCE else _cell(p["gain"], 3, "+")
-                cells = [_cell(p["reward"], 3), gain, _cell(p["kl"], 2), _cell(p["distinct-1"], 2)]
+                gain = "" if p["method"] == REFERENCE else cell(p["gain"], 3, "+")
+                cells = [cell(p["reward"], 3), gain, cell(p["kl"], 2), cell(p["distinct-1"], 2)]
                 beta = "" if p["beta"] is None else f"{p['beta']:g}"
                 lines.append(
                     f"| {p['method']} | {beta} | {' | '.join(cells)} | {p['distinct-2']['mean']:.2f} | "
@@ -228,12 +234,13 @@ def _tables(points, comparisons, pairs, seeds):
             lines += ["\n| plug-in - host | at | difference in reward | difference in KL |", "|---|---|---|---|"]
         for row in rows:
             at, kl = f"KL {row['at_kl']:.2f}" if "at_kl" in row else f"beta {row['beta']:g}", row.get("kl")
-            cells = _cell(row["reward"], 3, "+"), _cell(kl, 2, "+") if kl else "0, by interpolation"
+            cells = cell(row["reward"], 3, "+"), cell(kl, 2, "+") if kl else "0, by interpolation"
             lines.append(f"| {row['method']} - {row['host']} | {at} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(interval, places, sign=""):
+def cell(interval, places, sign=""):
+    """The mean and its interval, as the tables have it."""
     mean, low, high = (
         None if interval[name] is None else f"{round(interval[name], places) + 0.0:{sign}.{places}f}"  # no -0.00
         for name in ("mean", "low", "high")
@@ -265,13 +272,13 @@ def _plot(points, name, label, title, seeds):
             axes.plot([p["kl"]["mean"] for p in path], [p[name]["mean"] for p in path], color=color, linewidth=1)
             for p in chosen:
                 at = {"x": p["kl"]["mean"], "y": p[name]["mean"]}
-                bars = {f"{side}err": _bar(p[key]) for side, key in (("x", "kl"), ("y", name))}
+                bars = {f"{side}err": bar(p[key]) for side, key in (("x", "kl"), ("y", name))}
                 axes.errorbar(**at, **bars, fmt="o", color=color, markersize=5, elinewidth=0.8, alpha=0.9)
                 axes.annotate(f"{p['beta']:g}", (at["x"], at["y"]), (4, 4), textcoords="offset points", fontsize=7)
                 if seeds:
                     axes.plot(p["seeds"]["kl"], p["seeds"][name], ".", color=color, alpha=0.3, markersize=4)
         if start:
-            axes.errorbar(0, start[name]["mean"], yerr=_bar(start[name]), fmt="*", color=GREY, markersize=10)
+            axes.errorbar(0, start[name]["mean"], yerr=bar(start[name]), fmt="*", color=GREY, markersize=10)
         axes.set(title=domain, xlabel="KL to the reference (nats a completion)", ylabel=label)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in list(panels)[len(domains) :]:
@@ -284,7 +291,7 @@ def _plot(points, name, label, title, seeds):
     return figure
 
 
-def _bar(interval):
+def bar(interval):
     """Lengths of an error bar, never negative: the percentile interval need not hold the mean."""
     if interval["low"] is None:
         return None

@@ -72,14 +72,14 @@ class RecipeArguments:
     lora_rank: int = field(default=16, metadata={"help": "Train LoRA adapters of this rank; 0: every weight."})
 
 
-def parse_arguments(arguments=None):
-    """(RecipeArguments, MallowsConfig, runs); runs are (preset, beta) in the order of the grid.
+def parse_arguments(arguments=None, kind=RecipeArguments):
+    """(RecipeArguments or one of its kind, MallowsConfig, runs); runs are (preset, beta) in the order of the grid.
 
     Raises:
         ValueError: options of :func:`options.parse_options`, a grid that cannot be meant, a number below 1, several
             processes.
     """
-    recipe, training = parse_options((RecipeArguments, MallowsConfig), __doc__.split("\n")[0], arguments)
+    recipe, training = parse_options((kind, MallowsConfig), __doc__.split("\n")[0], arguments)
     if training.beta is not None or training.loss_type != MallowsConfig.loss_type:
         raise ValueError("loss_type and beta are given by the grid; leave them out")
     if training.world_size > 1:
