@@ -47,7 +47,7 @@ def update(model, reference, pad_token_id, prompts, responses, advantages, *, lo
     """
     attach_token_stats(model)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    settings = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+    settings = {"lr": training.learning_rate, "weight_decay": training.weight_decay, "eps": training.adam_epsilon}
     optimizer = torch.optim.AdamW(weights, betas=(training.adam_beta1, training.adam_beta2), **settings)
     size, shuffled, order = 2 * training.per_device_train_batch_size, random.Random(seed), []
     for _ in range(training.max_steps):

@@ -11,6 +11,7 @@ interrupted goes on at its round. Writes results.json, results.md, discriminator
 
 import io
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ import torch
 import xxhash
 from datasets import disable_progress_bars
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what the recipes share
@@ -34,6 +35,7 @@ import run
 import sampling
 
 import models
+from mallowspo import MallowsConfig
 from mallowspo.files import write_whole
 from mallowspo.modeling import add_adapter, attach_token_stats
 from options import check_at_least_one, config_field
@@ -47,6 +49,10 @@ LABELLINGS = {
     "silver, uncertain": {"uncertain": True, "silver": True},
     "all gold": {"uncertain": False, "silver": False},
 }
+
+# What the updates from advantages do not know.
+PLAIN = {"gradient_accumulation_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 0, "bf16": False}
+PLAIN |= {"fp16": False}
 
 
 @dataclass
@@ -86,9 +92,9 @@ def parse_arguments(arguments=None):
     check_at_least_one(recipe, "rounds", "gold", "lora_rank")
     if training.max_steps < 1:
         raise ValueError(f"max_steps, the updates of a round, must be at least 1, got {training.max_steps}")
-    if training.gradient_accumulation_steps != 1:
-        given = training.gradient_accumulation_steps
-        raise ValueError(f"set per_device_train_batch_size and leave out gradient_accumulation_steps, got {given}")
+    for name, wanted in PLAIN.items():
+        if getattr(training, name) != wanted:
+            raise ValueError(f"{name} must be {wanted}, the same in every method, got {getattr(training, name)}")
     if recipe.samples % 2:
         raise ValueError(f"samples must be even, so that each is in a pair, got {recipe.samples}")
     if recipe.train_prefixes % recipe.rounds:
@@ -110,18 +116,18 @@ def parse_arguments(arguments=None):
 
 
 class Task(NamedTuple):
-    """What all trainings share; features turns texts into [N, D]."""
+    """What all trainings share."""
 
     recipe: Options
-    training: object
-    folder: Path
-    name: str
-    reference: object
-    tokenizer: object
-    reward: object
-    features: object
-    train: list
-    held_out: dict
+    training: MallowsConfig
+    folder: Path  # of the stages
+    name: str  # the reference's folder or hub name
+    reference: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    reward: Callable  # from texts to numbers
+    features: Callable  # from texts to [N, D]
+    train: list  # prefixes of all rounds
+    held_out: dict  # {domain: prefixes}
 
 
 def policy_of(task, state, seed):

@@ -157,7 +157,8 @@ def test_the_default_parses():
         (["--temperature", "0"], "temperature must be positive and finite, got 0"),
         (["--penalty", "nan"], "penalty must be positive and finite, got nan"),
         (["--gae_lambda", "1.5"], r"gae_lambda must be in \[0, 1\], got 1.5"),
-        (["--gradient_accumulation_steps", "2"], "leave out gradient_accumulation_steps, got 2"),
+        (["--gradient_accumulation_steps", "2"], "gradient_accumulation_steps must be 1, .*, got 2"),
+        (["--lr_scheduler_type", "linear"], "lr_scheduler_type must be constant"),
         (["--grid", '{"apa": [1]}'], "unknown methods apa"),
     ],
 )
