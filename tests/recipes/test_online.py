@@ -167,6 +167,32 @@ def test_options_that_cannot_be_meant_are_refused(options, message):
         online.parse_arguments(options)
 
 
+# ---- report --------------------------------------------------------------------------------------------------------
+
+
+def measured(reward, kl, **counts):
+    """What a round gave on four prefixes, the same for each."""
+    domain = {"rewards": [[reward] * 2] * 4, "log_ratios": [[kl] * 2] * 4, "tokens": [[3] * 2] * 4}
+    return {"domains": {run.MOVIE: domain | {"texts": [["a b"] * 2] * 4}}} | counts
+
+
+def test_gains_and_differences_are_taken_seed_by_seed():
+    counts = {"pairs": 8, "asked": 3, "ties": 1, "silver": 5, "rows": 7, "judged": 4}
+    runs, starts = [], [measured(seed / 10, 0.0) for seed in range(4)]
+    for seed in range(4):
+        for method, gain in (("a", 0.1), ("b", 0.3)):
+            records = [measured(seed / 10 + n * gain, 10 * n * gain, right=2 + n % 2, **counts) for n in (1, 2)]
+            runs.append({"method": method, "study": "discriminator", "seed": seed, "records": records})
+    study = online_report.summarise(starts, runs)["discriminator"]
+    assert [point["gain"]["mean"] for point in study["b"]["rounds"]] == pytest.approx([0, 0.3, 0.6])
+    assert study["b"]["rounds"][2]["reward"]["mean"] == pytest.approx(0.15 + 0.6)
+    # The spread over seeds is in both and cancels.
+    assert study["b"]["minus_first"]["reward"] == {key: pytest.approx(0.4) for key in ("mean", "low", "high")}
+    assert study["b"]["minus_first"]["kl"]["mean"] == pytest.approx(4)
+    assert study["a"]["labels"]["right"] == pytest.approx((3 + 2) / 8) and study["a"]["labels"]["half"] == 0
+    assert "| b | 0.750 [" in online_report.tables({"discriminator": study}, 4)
+
+
 # ---- whole runs ----------------------------------------------------------------------------------------------------
 
 
