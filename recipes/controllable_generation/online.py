@@ -143,7 +143,7 @@ def play_round(task, method, seed, state):
     """The state after one more round; ``records`` has what each so far gave.
 
     Raises:
-        ValueError: a reward that is not finite, fewer pairs than gold, no pair with a label.
+        ValueError: a reward that is not finite, fewer pairs than gold, all pairs gold ties.
     """
     recipe, training, tokenizer = task.recipe, task.training, task.tokenizer
     number = len(state["records"])
@@ -167,10 +167,12 @@ def play_round(task, method, seed, state):
         asking = {"gold": gold, "penalty": recipe.penalty, "min_gap": recipe.min_gap, "seed": chance}
         asking |= LABELLINGS[method.labelling]
         found, known, counts = labels.label(pairs, task.features, known, **asking)
-        rows = labels.rows_of(pairs, found, tokenizer.eos_token)
-        settings = run.training_of(training, method.loss, method.number, chance, task.folder)
-        _, log = run.train(model, tokenizer, rows, settings, rank=0)  # it has its adapter
-        record |= counts | {"rows": len(rows), "loss": log.get("loss")}
+        record |= counts | {"rows": int((found != 0).sum()), "loss": None}
+        if found.any() or counts["asked"] == counts["pairs"]:  # a few answers may all be ties: nothing to learn from
+            rows = labels.rows_of(pairs, found, tokenizer.eos_token)
+            settings = run.training_of(training, method.loss, method.number, chance, task.folder)
+            _, log = run.train(model, tokenizer, rows, settings, rank=0)  # it has its adapter
+            record["loss"] = log.get("loss")
     record["domains"] = run.evaluate(model, task.reference, tokenizer, task.reward, recipe, task.held_out, seed)
     weights = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     return {"weights": weights, "known": known, "records": [*state["records"], record]}

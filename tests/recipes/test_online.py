@@ -279,6 +279,20 @@ def test_what_cannot_be_learned_from_is_refused(command, tmp_path, monkeypatch):
             online.main(command(tmp_path / str(value)))
 
 
+def test_a_round_whose_every_answer_is_a_tie_leaves_the_policy_alone(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "train", lambda *args, **kwargs: pytest.fail("there is nothing to train on"))
+    recipe, training, methods = online.parse_arguments(command(tmp_path / "out"))
+    task, _ = online.set_up(recipe, training)
+    task = task._replace(reward=lambda texts: [0.5] * len(texts))
+    for method in methods[:3]:
+        state = online.play_round(task, method, 42, {"weights": {}, "known": torch.zeros(0, 20), "records": []})
+        (record,) = state["records"]
+        assert (record["asked"], record["ties"], record["rows"], record["silver"]) == (3, 3, 0, 0)
+        assert np.abs(record["domains"][run.MOVIE]["log_ratios"]).max() < 1e-4
+    with pytest.raises(ValueError, match="no pair is left of"):
+        online.play_round(task, methods[3], 42, state | {"records": []})
+
+
 def test_a_corrupt_state_is_refused_by_name(tmp_path):
     state = {"weights": {"a": torch.ones(2)}, "known": torch.zeros(0, 3), "records": [{"loss": None, "rows": 1}]}
     online.write_state(tmp_path / "state.pt", state)
