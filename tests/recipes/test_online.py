@@ -176,7 +176,7 @@ def measured(reward, kl, **counts):
     return {"domains": {run.MOVIE: domain | {"texts": [["a b"] * 2] * 4}}} | counts
 
 
-def test_gains_and_differences_are_taken_seed_by_seed():
+def test_gains_and_differences_are_taken_seed_by_seed(tmp_path):
     counts = {"pairs": 8, "asked": 3, "ties": 1, "silver": 5, "rows": 7, "judged": 4}
     runs, starts = [], [measured(seed / 10, 0.0) for seed in range(4)]
     for seed in range(4):
@@ -191,6 +191,7 @@ def test_gains_and_differences_are_taken_seed_by_seed():
     assert study["b"]["minus_first"]["kl"]["mean"] == pytest.approx(4)
     assert study["a"]["labels"]["right"] == pytest.approx((3 + 2) / 8) and study["a"]["labels"]["half"] == 0
     assert "| b | 0.750 [" in online_report.tables({"discriminator": study}, 4)
+    online_report.plot("discriminator", study).savefig(tmp_path / "bars.png")
 
 
 # ---- whole runs ----------------------------------------------------------------------------------------------------
