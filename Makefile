@@ -1,8 +1,8 @@
 # make demo         set everything up and fine-tune a real language model on human-written dialogue
 # make test         set everything up and run the tests
 # make recipes      set everything up and run the four experiments below that the README's evidence is from
-#   bandit, control, dialogue, dispersion, and besides them compare, compare-control, diffusion, rounds: each ends with
-#   a page, outputs/.../report.html
+#   bandit, control, dialogue, dispersion, and besides them compare, compare-control, diffusion, online, rounds: each
+#   ends with a page, outputs/.../report.html
 # make benchmark    set everything up, with the competitors, and measure (into benchmarks/results)
 #                   SELECT="-k bfloat16", say, measures a part of it (into outputs/benchmark)
 # make benchmark-step   the same for a whole training step beside TRL's; SELECT="--select LoRA", say, a part of it
@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
 
-EXPERIMENTS := bandit compare control compare-control dialogue dispersion diffusion rounds
+EXPERIMENTS := bandit compare control compare-control dialogue dispersion diffusion online rounds
 
 .PHONY: setup demo test recipes $(EXPERIMENTS) benchmark benchmark-step lint format clean
 setup: $(VENV)/installed
@@ -45,6 +45,7 @@ compare-control: RUN := controllable_generation/compare.py --output_dir outputs/
 dialogue: RUN := dialogue/win_rates.py --output_dir outputs/dialogue-win-rates
 dispersion: RUN := dispersion/run.py --output_dir outputs/dispersion
 diffusion: RUN := diffusion/run.py --output_dir outputs/diffusion
+online: RUN := controllable_generation/online.py --output_dir outputs/online
 rounds: RUN := rounds/run.py --output_dir outputs/rounds
 $(EXPERIMENTS): setup
 	$(BIN)/python recipes/$(RUN)

@@ -105,9 +105,10 @@ class EmbeddingJudge(_ScoringJudge):
         self.identity = f"{EMBEDDING_PACKAGE} {importlib.metadata.version(EMBEDDING_PACKAGE)}"
 
     def _score(self, rows):
-        return (self._embed([reply for *_, reply in rows]) * self._embed([human for _, human, _ in rows])).sum(-1)
+        return (self.embed([reply for *_, reply in rows]) * self.embed([human for _, human, _ in rows])).sum(-1)
 
-    def _embed(self, texts):
+    def embed(self, texts):
+        """[N, 384] embeddings of texts, of length 1."""
         limits = {"padding": True, "truncation": True, "max_length": 256}  # what the model was made for
         batch = self._tokenizer(texts, **limits, return_tensors="pt").to(self._model.device)
         mask = batch["attention_mask"][..., None]
