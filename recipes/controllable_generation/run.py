@@ -261,7 +261,7 @@ def collect_pairs(recipe, prefixes, reference, identity, tokenizer, reward, seed
     )
     rewards = stages.chunks(
         "score",
-        {"reward": [recipe.reward, recipe.reward_label]},
+        {"reward": [model_digest(recipe.reward), recipe.reward_label]},
         list(zip(prefixes, completions, strict=True)),
         recipe.sample_batch_size,
         lambda chunk, start: preferences.score(reward, *zip(*chunk, strict=True)),
@@ -332,7 +332,7 @@ def train_and_evaluate(shared, points, domains):
         bar.set_postfix_str(f"{method} {beta or ''} seed {seed}")
         inputs, settings, second = {"method": method, "seed": seed, "model": identity}, None, None
         inputs |= {"held out": held_out, "samples": recipe.eval_samples, "tokens": recipe.max_new_tokens}
-        inputs |= {"reward": [recipe.reward, recipe.reward_label]}
+        inputs |= {"reward": [model_digest(recipe.reward), recipe.reward_label]}
         if method != REFERENCE:
             settings = training_of(training, method, beta, seed, folder)
             inputs |= {"training": training_facts(settings), "rank": recipe.lora_rank, "pairs": shared.rows}
