@@ -6,11 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import cache_files, lora, plain_stats, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
+from transformers import TrainerCallback
 
-from mallowspo import AcceleratedTrainer, MallowsConfig, MallowsTrainer, accelerated_rounds
+from mallowspo import AcceleratedRounds, AcceleratedTrainer, MallowsConfig, MallowsTrainer, accelerated_rounds
 from mallowspo import functional as F
 from mallowspo.accelerated import extrapolate_parameters_, extrapolated
 from mallowspo.data import REFERENCE_COLUMNS, TOKEN_REFERENCE_COLUMNS
@@ -114,10 +116,11 @@ def test_the_loss_has_the_extrapolated_reference(tmp_path):
     (log,) = train_logs(trainer)
     expected = -torch.nn.functional.logsigmoid(0.2 * (chosen - rejected)).mean()
     assert log["loss"] == pytest.approx(expected.item(), rel=1e-4)
-    scores = trainer.score(pairs)
-    np.testing.assert_allclose(scores["ref_chosen_entropy"], plain_stats(models[1], rows)[1][:2].detach(), rtol=1e-4)
-    with pytest.raises(ValueError, match="only for the constructor"):
-        trainer.score(tiny_pairs(2, seed=5))
+    cached = trainer.score(pairs)
+    np.testing.assert_allclose(cached["ref_chosen_entropy"], plain_stats(models[1], rows)[1][:2].detach(), rtol=1e-4)
+    live = trainer.score(Dataset.from_list(list(pairs)))  # a data set of its own, which the pass has not seen
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        np.testing.assert_allclose(live[name], cached[name], rtol=1e-4, atol=1e-5)
 
 
 def test_token_columns_are_extrapolated_too(tmp_path):
@@ -184,11 +187,73 @@ def test_rounds_start_from_extrapolated_parameters(tmp_path):
     assert len(cache_files(tmp_path)) == 3 and not args.output_dir.endswith("round-3")
 
 
+def accelerated_trainer(folder, alpha=0.5, model=None, ref_model=None, **options):
+    """An AcceleratedTrainer with a live reference unless options say otherwise."""
+    args = config(folder, **{"num_train_epochs": 3, "max_steps": -1} | options)
+    args.precompute_ref_log_probs = options.get("precompute_ref_log_probs", False)
+    return AcceleratedTrainer(
+        model or tiny_model(),
+        tiny_model() if ref_model is None else ref_model,
+        alpha=alpha,
+        args=args,
+        train_dataset=tiny_pairs(4),
+        processing_class=tiny_tokenizer(),
+    )
+
+
+class Watch(TrainerCallback):
+    """Runs a function at the end of each epoch."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def on_epoch_end(self, *args, **kwargs):
+        self.function()
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "d2po"])
+@pytest.mark.parametrize("alpha", [0, 0.5])
+def test_every_epoch_is_a_round(tmp_path, alpha, loss_type):
+    trainer = accelerated_trainer(tmp_path, alpha, loss_type=loss_type)
+    start, before, after, references = tiny_model(), [], [], []
+    batch = trainer.data_collator(list(trainer._prepared(trainer.train_dataset)))
+    trainer.add_callback(Watch(lambda: before.append(copy.deepcopy(trainer.model))))
+    trainer.add_callback(AcceleratedRounds(trainer))
+    trainer.add_callback(Watch(lambda: after.append(copy.deepcopy(trainer.model))))
+    trainer.add_callback(Watch(lambda: references.append(trainer._reference_of(batch)[0])))
+    trainer.train()
+    results = [start, *before]
+    for number in (1, 2):  # the last epoch starts no round
+        moved, result, earlier = (m.state_dict() for m in (after[number - 1], results[number], results[number - 1]))
+        for name, weight in moved.items():
+            torch.testing.assert_close(weight, (1 + alpha) * result[name] - alpha * earlier[name])
+        rows = list(trainer._prepared(trainer.train_dataset))
+        current, previous = (plain_stats(m, rows)[0].detach() for m in (results[number], results[number - 1]))
+        expected = (1 + alpha) * current - alpha * previous
+        torch.testing.assert_close(references[number - 1].logps, expected, rtol=1e-4, atol=1e-4)
+        assert references[number - 1].token_logps.sum() == pytest.approx(expected.sum().item(), rel=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(before[2].parameters(), trainer.model.parameters(), strict=True))
+    assert not torch.equal(next(before[0].parameters()), next(before[1].parameters()))
+
+
+def test_what_has_no_rounds_of_epochs(tmp_path):
+    with pytest.raises(TypeError, match="needs an AcceleratedTrainer, got MallowsTrainer"):
+        AcceleratedRounds(tiny_trainer(tmp_path))
+    for options in ({"precompute_ref_log_probs": True}, {"loss_type": "mallows-theta"}):
+        with pytest.raises(ValueError, match="that of the first round"):
+            AcceleratedRounds(accelerated_trainer(tmp_path, **options))
+    AcceleratedRounds(accelerated_trainer(tmp_path, loss_type="mallows-theta", dispersion_scale=0.3))
+    trainer = accelerated_trainer(tmp_path / "resumed", save_strategy="epoch", num_train_epochs=2)
+    trainer.add_callback(AcceleratedRounds(trainer))
+    trainer.train()
+    with pytest.raises(ValueError, match="no models of earlier rounds"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"loss_type": "simpo", "precompute_ref_log_probs": False}, "has no reference"),
-        ({"precompute_ref_log_probs": False}, "set precompute_ref_log_probs=True"),
     ],
 )
 def test_what_cannot_be_accelerated(tmp_path, options, message):

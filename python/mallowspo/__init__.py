@@ -25,6 +25,7 @@ except ModuleNotFoundError as error:
 __version__ = _C.build["version"]
 
 _EXPORTS = {
+    "AcceleratedRounds": "accelerated",
     "AcceleratedTrainer": "accelerated",
     "GenerationSamples": "callbacks",
     "HybridTrainer": "hybrid",

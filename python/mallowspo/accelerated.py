@@ -16,6 +16,7 @@ import copy
 from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 
 from mallowspo.data import REFERENCE_COLUMNS, TOKEN_REFERENCE_COLUMNS
 from mallowspo.modeling import attach_token_stats, disable_dropout, load_model, unprepared
@@ -48,8 +49,9 @@ def extrapolate_parameters_(model, previous_model, alpha):
 class AcceleratedTrainer(MallowsTrainer):
     """One round: a MallowsTrainer whose reference log-probabilities are extrapolated over two models.
 
-    Both are asked once, before training, each with its own file in the cache. The dispersion, where one comes from
-    entropies, is that of ``ref_model``: the extrapolated policy has no token distributions.
+    Both are asked in every step, or once before training (``precompute_ref_log_probs``), each with its own file in the
+    cache. The dispersion, where one comes from entropies, is that of ``ref_model``: the extrapolated policy has no
+    token distributions.
 
     Args:
         model: what is trained, as in MallowsTrainer.
@@ -57,12 +59,12 @@ class AcceleratedTrainer(MallowsTrainer):
         previous_model: pi_hat_{t-1}, the result of the round before that; None in the first round, where ref_model
             alone is the reference.
         alpha: in [0, 1).
-        args: MallowsConfig with precompute_ref_log_probs=True.
+        args: MallowsConfig.
         **kwargs: as in MallowsTrainer.
 
     Raises:
-        ValueError: alpha outside [0, 1), an objective without a reference, several references, one that is not
-            precomputed, and what MallowsTrainer raises.
+        ValueError: alpha outside [0, 1), an objective without a reference, several references, and what MallowsTrainer
+            raises.
     """
 
     def __init__(self, model, ref_model, previous_model=None, *, alpha, args, **kwargs):
@@ -71,8 +73,6 @@ class AcceleratedTrainer(MallowsTrainer):
             raise ValueError("ref_model must be one model, the result of the round before; a mixture has no round")
         if args.objective().reference_free:
             raise ValueError(f"loss_type {args.loss_type!r} has no reference, which is what acceleration extrapolates")
-        if not args.precompute_ref_log_probs:
-            raise ValueError("the reference is extrapolated before training: set precompute_ref_log_probs=True")
         self.alpha, self.previous_model = alpha, None
         if previous_model is not None:
             self.previous_model = load_model(previous_model, args.model_init_kwargs).requires_grad_(False)
@@ -88,17 +88,75 @@ class AcceleratedTrainer(MallowsTrainer):
         current = super()._columns_of(model, dataset, name)
         if self.previous_model is None:
             return current
-        self._move_model_to_device(self.previous_model, self.args.device)
         previous = super()._columns_of(self.previous_model, dataset, f"{name}, previous")
         for column in {*REFERENCE_COLUMNS[:2], *TOKEN_REFERENCE_COLUMNS} & current.keys():
             values = extrapolated(current[column].double(), previous[column].double(), self.alpha)
             current[column] = values.to(current[column].dtype)
         return current
 
+    def _set_up_references(self, references, given):
+        if self.previous_model is not None:
+            self._move_model_to_device(self.previous_model, self.args.device)
+        super()._set_up_references(references, given)
+
     def _reference_of(self, batch):
-        if self.previous_model is not None and REFERENCE_COLUMNS[0] not in batch:
-            raise ValueError("the reference is extrapolated only for the constructor's data sets: pass this one there")
-        return super()._reference_of(batch)
+        references = super()._reference_of(batch)
+        if self.previous_model is None or REFERENCE_COLUMNS[0] in batch:
+            return references
+        (current,), previous = references, self._reference_stats(self.previous_model, batch)
+        pairs = {name: (getattr(current, name), getattr(previous, name)) for name in ("logps", "token_logps")}
+        return [current._replace(**{name: extrapolated(*pair, self.alpha) for name, pair in pairs.items()})]
+
+    @torch.no_grad()
+    def next_round(self):
+        """Ends a round: the model becomes the reference, the reference the one before, and the model moves on."""
+        current = unprepared(copy.deepcopy(self.model)).requires_grad_(False)
+        self.ref_model, self.previous_model = current, self.ref_model
+        extrapolate_parameters_(self.model, self.previous_model, self.alpha)
+
+
+class AcceleratedRounds(TrainerCallback):
+    """Makes every epoch of one ``train()`` a round, on the same pairs.
+
+        trainer = AcceleratedTrainer("path/or/name", "path/or/name", alpha=0.3, args=args, train_dataset=pairs)
+        trainer.add_callback(AcceleratedRounds(trainer))
+
+    The optimiser and its schedule go on through all rounds; :func:`accelerated_rounds` starts them anew, samples new
+    pairs and can cache the reference. After the last epoch the model holds pi_hat of that round. Memory: as there.
+
+    Args:
+        trainer: the AcceleratedTrainer it is added to.
+
+    Raises:
+        TypeError: another trainer. ValueError: a reference that is cached or is the model itself without its adapter,
+            weights that are split over the ranks; when training begins, a run that is resumed.
+    """
+
+    def __init__(self, trainer):
+        if not isinstance(trainer, AcceleratedTrainer):
+            raise TypeError(f"AcceleratedRounds needs an AcceleratedTrainer, got {type(trainer).__name__}")
+        if trainer.ref_model is None:
+            raise ValueError("the rounds need a reference of their own: pass ref_model")
+        if REFERENCE_COLUMNS[0] in trainer._prepared(trainer.train_dataset).column_names:
+            raise ValueError(
+                "the cached reference is that of the first round: set precompute_ref_log_probs=False, and "
+                "dispersion_scale to a number where the dispersion comes from entropies"
+            )
+        _check_whole(trainer)
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step:
+            raise ValueError("a checkpoint holds no models of earlier rounds: start again, without resuming")
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if not control.should_training_stop:
+            self.trainer.next_round()
+
+
+def _check_whole(trainer):
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError("rounds copy the whole model, which FSDP and DeepSpeed split: launch with DDP")
 
 
 def accelerated_rounds(model, pairs, args, *, rounds, alpha, eval_dataset=None, processing_class=None, callbacks=None):
@@ -144,8 +202,7 @@ def accelerated_rounds(model, pairs, args, *, rounds, alpha, eval_dataset=None, 
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise ValueError("rounds copy the whole model, which FSDP and DeepSpeed split: launch with DDP")
+        _check_whole(trainer)
         trainer.train()
         yield trainer
         if number + 1 < rounds:
