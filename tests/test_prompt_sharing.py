@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import lora, tiny_model, tiny_trainer
 from torch.nn.attention.flex_attention import create_mask, flex_attention
+from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM
 
-from mallowspo.attention import ATTENTION, block_mask
+from mallowspo.attention import ATTENTION, block_mask, packed_inputs
 from mallowspo.collator import pack, pad
 from mallowspo.modeling import attach_token_stats, sequence_stats, share_prompts
 
@@ -287,3 +288,10 @@ def test_lengths_can_be_bucketed(tmp_path):
     assert spread("group_by_length") < 0.3 * spread("random")
     sums = [sum(batch) for batch in lengths("batch_rebalance")]
     assert len(sums) == 20 and sum(sums) == sum(map(sum, lengths("random")))
+
+
+def test_the_layers_share_their_masks_under_fsdp_too():
+    """FSDP maps a function over the arguments of every layer, which makes new dictionaries of plain ones."""
+    batch = pack([[5] * 4], [([6] * 3, [7] * 2)])
+    masks = packed_inputs(tiny_model().config, batch["input_ids"], batch["segments"])["masks"]
+    assert tree_map(lambda leaf: leaf, {"masks": masks})["masks"] is masks

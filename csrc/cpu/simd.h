@@ -125,7 +125,7 @@ inline Vec<float> exp_of(Vec<float> x, float scale = 1) {
   bits += n_bits << 23;
   Vec<float> e;
   std::memcpy(&e, &bits, sizeof e);
-  return x < Simd<float>::underflow ? Vec<float>{} : scale * e;
+  return scale * (x < Simd<float>::underflow ? Vec<float>{} : e);
 }
 #endif
 
@@ -154,7 +154,7 @@ inline Vec<double> exp_of(Vec<double> x, double scale = 1) {
   Vec<double> power;
   std::memcpy(&power, &bits, sizeof power);
   const Vec<double> e = power + power * p;
-  return x < Simd<double>::underflow ? Vec<double>{} : scale * e;
+  return scale * (x < Simd<double>::underflow ? Vec<double>{} : e);
 }
 
 template <class T>

@@ -46,7 +46,9 @@ def _continuation(query, key, value, prompt, masks, dropout=0.0, scaling=None, *
 
     Query heads that share a key head are a batch with the same keys, none of which is repeated.
     """
-    length, shared = query.shape[2], query.shape[1] // key.shape[1]
+    length, shared, device = query.shape[2], query.shape[1] // key.shape[1], query.device.type
+    if torch.is_autocast_enabled(device):  # SDPA would cast, and keep, every layer's mask and all shared keys
+        query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
     name = length, prompt, query.dtype  # one mask for all layers, which would each keep its own for the backward
     if name not in masks:
         masks[name] = query.new_full((length, prompt + length), -torch.inf).triu(prompt + 1)
@@ -54,6 +56,10 @@ def _continuation(query, key, value, prompt, masks, dropout=0.0, scaling=None, *
     key, value = key.expand(shared, -1, -1, -1), value.expand(shared, -1, -1, -1)
     output = scaled_dot_product_attention(query, key, value, masks[name], dropout_p=dropout, scale=scaling)
     return output.permute(2, 1, 0, 3).flatten(1, 2)[None]
+
+
+class _Masks(dict):
+    """No plain dictionary, which FSDP would copy for every layer, so that none saw what the first had put in."""
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -65,7 +71,7 @@ def packed_inputs(config, input_ids, segments):
     if config._attn_implementation == "flex_attention":
         return {"attention_mask": block_mask(segments, input_ids.device)}
     # A mask of four dimensions is handed to the layers as it is: none is built, and none is read.
-    return {"attention_mask": input_ids.new_ones(1, 1, 1, 1), "segments": segments, "masks": {}}
+    return {"attention_mask": input_ids.new_ones(1, 1, 1, 1), "segments": segments, "masks": _Masks()}
 
 
 def block_mask(segments, device):

@@ -81,7 +81,7 @@ def saved_by_layer(model, batch, sharding, rank=0):
     norms = 2 * (4 * d + 4 + (0 if rank else residual * d))  # input; normalised, where the gain is trained
     inputs = s * d * (5 if sharding == "ddp" else 2)  # of q, k, v and of gate, up: autocast casts each its own
     attention = s * (3 * q + 2 * kv) + 4 * model.heads  # q, k, v, the output twice, its log-sum-exp
-    each = s * (batch.prompt + batch.response) * (2 * q + batch.response)  # a second response: k, v and mask again
+    each = s * (batch.prompt + batch.response) * 2 * kv  # a second response: k and v again
     return t * (norms + inputs + attention + s * (4 * model.mlp + 7 * rank)) + batch.pairs * each
 
 
@@ -92,10 +92,11 @@ def activations(model, batch, sharding, rank=0, checkpointing=False, budget=BUDG
     end = t * (4 * d + 2 * model.head_size * residual) + n * d * (2 * s + 4)  # last norm, rotary angles; scored states
     end += n * d * s if rank else t * residual * d + head * {None: 4, "ddp": 6}.get(sharding, 2)  # its gradient
     end += min(budget, n * model.vocab * s)
+    mask = s * batch.response * (batch.prompt + batch.response)  # of second responses, one for all layers
     work = 2 * s * t * model.mlp  # gradients within an MLP, less what it has freed by then
     if checkpointing:
-        return model.layers * residual * t * d + max(end, layer + work)
-    return model.layers * layer + max(end, work)
+        return mask + model.layers * residual * t * d + max(end, layer + work)
+    return mask + model.layers * layer + max(end, work)
 
 
 def sent(model, sharding, n, rank=0):
