@@ -8,6 +8,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <tuple>
 
@@ -90,6 +94,19 @@ RowLayout layout_of(const Tensor& rows) {
     layout.strides[d] = rows.stride(d);
   }
   return layout;
+}
+
+// Fresh memory of many megabytes, on the CPU: its page faults would cost more than its arithmetic, so ask for pages of
+// 2 MiB. Only a hint, so its answer is of no interest.
+void advise_huge_pages(const Tensor& t) {
+#if defined(__linux__)
+  if (!t.is_cpu()) return;
+  constexpr uintptr_t huge = uintptr_t{1} << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
+  const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 // logits must have a contiguous last dimension and `labels` must be contiguous; both outlive the arguments.
@@ -200,6 +217,7 @@ Tensor token_stats_backward(const OptionalTensor& grad_logps, const OptionalTens
   TokenStatsBackwardArgs args = token_stats_backward_args(saved, grad_logps, grad_entropy, logits, labels, entropy,
                                                           row_max, log_sum, ignore_index, temperature);
   const Tensor grad = torch::stable::new_empty(logits, logits.sizes());
+  advise_huge_pages(grad);
   args.grad_logits = grad.mutable_data_ptr();
   args.grad_layout = layout_of(grad);
   if (args.forward.rows > 0) MALLOWSPO_RUN(logits, token_stats_backward, args);
@@ -333,6 +351,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("token_stats_tile", TORCH_BOX(&token_stats_tile));
   m.impl("token_stats_backward_tile", TORCH_BOX(&token_stats_backward_tile));
   m.impl("token_stats_backward", TORCH_BOX(&token_stats_backward));
+  m.impl("advise_huge_pages", TORCH_BOX(&advise_huge_pages));
   m.impl("preference_loss", TORCH_BOX(&preference_loss));
   m.impl("preference_loss_backward", TORCH_BOX(&preference_loss_backward));
   m.impl("mallows_log_prob", TORCH_BOX(&mallows_log_prob));
@@ -361,6 +380,7 @@ STABLE_TORCH_LIBRARY(mallowspo, m) {
       "token_stats_backward_tile(Tensor(a!) logits, Tensor? grad_logps, Tensor? grad_entropy, Tensor labels,"
       " Tensor entropy, Tensor row_max, Tensor log_sum, int first_entry, int entries, int ignore_index,"
       " float temperature) -> ()");
+  m.def("advise_huge_pages(Tensor t) -> ()");
   // all [B]; `link` is mallowspo._C.Link, `divergence` mallowspo._C.Divergence; the gradients are those in the log-ratios
   m.def(
       "preference_loss(Tensor chosen_logps, Tensor rejected_logps, Tensor? ref_chosen_logps, Tensor? ref_rejected_logps,"

@@ -15,6 +15,7 @@ SCHEMAS = {
     "token_stats_backward": 1,
     "token_stats_tile": 0,
     "token_stats_backward_tile": 0,
+    "advise_huge_pages": 0,
     "preference_loss": 3,
     "preference_loss_backward": 3,
     "mallows_log_prob": 1,

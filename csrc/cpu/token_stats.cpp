@@ -1,10 +1,6 @@
 // token_stats on the CPU: picks the widest instruction set the machine has, checks the labels, splits rows over threads.
 #include <torch/csrc/stable/ops.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
@@ -56,19 +52,6 @@ void check_labels(const TokenStatsArgs& args) {
   }
 }
 
-// A gradient as large as the logits is fresh memory each time, and its page faults cost more than its arithmetic: ask for
-// pages of 2 MiB. Only a hint, so its answer is of no interest.
-void advise_huge_pages(const TokenStatsBackwardArgs& args) {
-#if defined(__linux__)
-  constexpr uintptr_t huge = uintptr_t{1} << 21;
-  static const int64_t element[] = {4, 8, 2, 2};  // in the order of DType
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(args.grad_logits);
-  const uintptr_t end = begin + args.forward.rows * args.forward.vocab * element[static_cast<int>(args.forward.dtype)];
-  const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 void token_stats(const TokenStatsArgs& args) {
@@ -85,7 +68,6 @@ void token_stats_tile(const TokenStatsTileArgs& args) {
 
 void token_stats_backward(const TokenStatsBackwardArgs& args) {
   check_labels(args.forward);
-  if (args.grad_logits != args.forward.logits) advise_huge_pages(args);
   torch::stable::parallel_for(0, args.forward.rows, grain(args.forward.vocab),
                               [&](int64_t begin, int64_t end) { kernels().backward(args, begin, end); });
 }

@@ -130,6 +130,11 @@ def _(logits, *rest):
     return None
 
 
+@torch.library.register_fake("mallowspo::advise_huge_pages")
+def _(t):
+    return None
+
+
 @torch.library.register_fake("mallowspo::preference_loss")
 def _(chosen, *rest):
     return _outputs_like(chosen, 3)

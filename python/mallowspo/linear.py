@@ -49,7 +49,7 @@ class LinearTokenStatsFunction(torch.autograd.Function):
         chunks, tiles, slots = _layout(lefts, rights, labels, ignore_index, *sizes, keeps_logits)
         stats = hidden.new_zeros(4, len(hidden), dtype=total)
         direction = torch.zeros_like(hidden) if keeps_direction else None
-        held = hidden.new_empty(slots)
+        held = _in_huge_pages(hidden.new_empty(slots))
         for i, rows in enumerate(chunks):
             parts, part_labels = [left[rows] for left in lefts], labels[rows]
             part = parts[0]
@@ -94,7 +94,7 @@ class LinearTokenStatsFunction(torch.autograd.Function):
         held, ctx.held = ctx.held, None  # overwritten below; a second backward computes all tiles again
         lost = range(len(chunks) * len(tiles))
         if held is None:
-            held = hidden.new_empty(slots)
+            held = _in_huge_pages(hidden.new_empty(slots))
         else:
             lost = lost[len(held) - 1 : -1]
         total = accumulator_dtype(hidden.dtype)
@@ -104,9 +104,10 @@ class LinearTokenStatsFunction(torch.autograd.Function):
         by_chunk = _goes_by_chunk(is_narrow, any(wants_right for _, wants_right in needed))
         grad_lefts, grad_rights = [], []
         for left, right, (wants_left, wants_right) in zip(lefts, rights, needed, strict=True):
-            new = torch.empty_like if one_chunk else torch.zeros_like
             grad_lefts.append(torch.zeros_like(left, dtype=None if by_chunk else total) if wants_left else None)
-            grad_rights.append(new(right) if wants_right else None)
+            grad_rights.append(_in_huge_pages(torch.empty_like(right)) if wants_right else None)
+            if wants_right and not one_chunk:
+                grad_rights[-1].zero_()
         grad_bias = torch.zeros_like(bias, dtype=total) if ctx.needs_input_grad[4] else None
         order = list(itertools.product(range(len(tiles)), range(len(chunks))))
         if by_chunk:
@@ -129,9 +130,10 @@ class LinearTokenStatsFunction(torch.autograd.Function):
                 _multiply(parts, rights, bias, columns, logits)
             grads = [None if g is None else g[rows].contiguous() for g in (grad_logps, grad_entropy)]
             saved = labels[rows], entropy[rows], row_max[rows], log_sum[rows]
+            place = columns.start, len(weight), ignore_index
             capped = _capped(logits, softcap)
             slope = None if softcap is None else 1 - (capped / softcap) ** 2
-            ops.token_stats_backward_tile(capped, *grads, *saved, columns.start, len(weight), ignore_index, temperature)
+            ops.token_stats_backward_tile(capped, *grads, *saved, *place, temperature)
             if softcap is not None:
                 logits.copy_(capped.mul_(slope))
             for part, summed_left, right, summed in zip(parts, summed_lefts, rights, sums, strict=True):
@@ -151,6 +153,7 @@ class LinearTokenStatsFunction(torch.autograd.Function):
                 for grad_left, summed_left in zip(grad_lefts, summed_lefts, strict=True):
                     if grad_left is not None:
                         grad_left[rows] = summed_left.to(grad_left.dtype)
+                summed_lefts = summed_left = None  # freed before the next chunk's
         grad_lefts = [None if g is None else g.to(hidden.dtype) for g in grad_lefts]
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
@@ -215,6 +218,12 @@ def _layout(lefts, rights, labels, ignore_index, chunk_tokens, budget, caps, wan
     width += -width % line
     tiles = [slice(start, min(start + width, vocab)) for start in range(0, vocab, width)]
     return chunks, tiles, (max(1, min(slots, len(chunks) * len(tiles))), n * width)
+
+
+def _in_huge_pages(memory):
+    """The same, fresh; where it is many megabytes, page faults of 4 KiB would take as long as a product."""
+    ops.advise_huge_pages(memory)
+    return memory
 
 
 def _in_slot(held, number, hidden, columns):
