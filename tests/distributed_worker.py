@@ -30,7 +30,8 @@ NO_REFERENCE = {"loss_type": "simpo"}
 # Numbers of pairs that do not divide: the last batches are filled up, and the ranks' shares of the passes as well.
 RUNS = {
     "cached": {"eval_rows": 6, "rows": 24, "max_length": 20, "dropped": [3, 5]},
-    "adapter": {"eval_rows": 3, "rows": 24, "dispersion_scale": 0.3, "peft_config": ["q_proj", "lm_head"]},
+    "adapter": {"eval_rows": 3, "rows": 24, "dispersion_scale": 0.3, "peft_config": ["q_proj", "lm_head"]}
+    | {"loss_type": "mallows-theta+wpo", "beta": 0.5},
     "copy": {"eval_rows": 1, "rows": 21, "dispersion_scale": 0.3, "gradient_accumulation_steps": 2},
     "reference-free": {"eval_rows": 7, "rows": 24, "loss_type": "mallows-simpo"},
     "one pair": {"eval_rows": 1, "rows": 1},

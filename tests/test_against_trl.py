@@ -59,6 +59,17 @@ def test_twenty_steps_equal_those_of_trl(tmp_path, peft, cached):
         )
 
 
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "LoRA"])
+def test_wpo_is_that_of_trl(tmp_path, peft):
+    found = logs_of(MallowsTrainer, MallowsConfig, tmp_path / "ours", peft, loss_type="wpo")
+    expected = logs_of(trl.DPOTrainer, trl.DPOConfig, tmp_path / "trl", peft, loss_type="sigmoid", use_weighting=True)
+    plain = logs_of(MallowsTrainer, MallowsConfig, tmp_path / "dpo", peft, loss_type="dpo")
+    for log, theirs, dpo in zip(found, expected, plain, strict=True):
+        for name in METRICS:
+            assert log[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+        assert log["loss"] != pytest.approx(dpo["loss"], rel=1e-2)
+
+
 @pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
 def test_ld_alpha_is_that_of_trl(tmp_path, cached):
     """``logps`` are the plain sums here, the discounted ones there."""

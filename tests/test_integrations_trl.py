@@ -151,7 +151,18 @@ ENTROPY = {"dispersion_scale": 0.2}
 AGREEMENT = {"agreement": np.linspace(0.55, 1.0, 2 * STEPS).tolist()}
 TOKENS, REFERENCES = ("d2po", "ld-dpo", "sampo", "bmc"), ("mrpo",)
 # One of a kind: the formulas of all presets are compared elsewhere.
-NAMES = ["dpo", "ipo", "simpo", "mallows-phi", "mallows-simpo", "rainbowpo", "apo-down", "aot", "mallows-theta+focal"]
+NAMES = [
+    "dpo",
+    "ipo",
+    "simpo",
+    "mallows-phi",
+    "mallows-simpo",
+    "rainbowpo",
+    "apo-down",
+    "aot",
+    "mallows-theta+focal",
+    "wpo",
+]
 OUR_RUNS = [
     *({"loss_type": name} | (ENTROPY if preset(name).uses_dispersion else {}) for name in NAMES),
     {"loss_type": "mallows-phi", "smoothing": 0.3, "beta": 1.0, "label_smoothing": 0.1} | ENTROPY,

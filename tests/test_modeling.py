@@ -9,11 +9,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from tiny import GPT2_SHAPE, VOCABULARY, plain_stats, tiny_model
+from tiny import GPT2_SHAPE, VOCABULARY, plain_alignment, plain_stats, tiny_model
 from torch import nn
 
 from mallowspo.collator import PreferenceCollator
-from mallowspo.modeling import attach_token_stats, disable_dropout, evaluating, sequence_stats
+from mallowspo.modeling import attach_token_stats, disable_dropout, evaluating, response_stats, sequence_stats
 
 # Everything a supported model may do between its decoder and its logits: bias, tied head, soft cap, scale, divisor.
 MODELS = {
@@ -70,6 +70,15 @@ def test_statistics_and_gradients_are_those_of_the_whole_logits(model):
         scale = wanted.abs().max().item()
         torch.testing.assert_close(found_gradients[name], wanted, rtol=1e-4, atol=1e-5 * max(scale, 1), msg=name)
     assert max(g.abs().max() for g in found_gradients.values()) > 0.1
+
+
+def test_the_alignment_is_that_of_the_whole_logits(model):
+    expected = plain_alignment(model, ROWS)
+    attach_token_stats(model)
+    plain, stats = (response_stats(model, BATCH, aligned=aligned) for aligned in (False, True))
+    torch.testing.assert_close(stats.alignment, expected, rtol=1e-5, atol=1e-5)
+    assert not stats.alignment.requires_grad and plain.alignment is None
+    assert torch.equal(stats.logps, plain.logps) and torch.equal(stats.entropy, plain.entropy)
 
 
 def test_the_head_options_matter():

@@ -7,11 +7,11 @@ import warnings
 import pytest
 import torch
 from test_modeling import BATCH, IDS, ROWS, gradients, weighted
-from tiny import plain_stats, tiny_model, tiny_trainer
+from tiny import plain_alignment, plain_stats, tiny_model, tiny_trainer
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from mallowspo.modeling import attach_token_stats, sequence_stats
+from mallowspo.modeling import attach_token_stats, response_stats, sequence_stats
 
 peft = pytest.importorskip("peft")
 
@@ -87,6 +87,8 @@ def test_an_adapted_head_equals_its_whole_logits(name, adapter):
         disabled = sequence_stats(model, BATCH)
     torch.testing.assert_close(tuple(disabled), off, rtol=1e-9, atol=1e-9)
     assert (stats.logps - disabled.logps).abs().min() > 1e-3
+    alignment = response_stats(model, BATCH, aligned=True).alignment
+    torch.testing.assert_close(alignment, plain_alignment(model, ROWS, torch.float64), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(tuple(sequence_stats(model, BATCH)), tuple(stats), rtol=0, atol=0)
 
 

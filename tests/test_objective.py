@@ -37,12 +37,18 @@ def call(objective, logps, num_tokens, ref_logps, dispersion):
         num_tokens,
         None if objective.reference_free else ref_logps,
         dispersion if objective.uses_dispersion else None,
+        alignment=alignment(logps) if objective.on_policy_weighting else None,
     )
+
+
+def alignment(logps):
+    """A log sum_v p_v^2 for each response."""
+    return -0.3 * torch.arange(1.0, len(logps) + 1, dtype=logps.dtype).remainder(7)
 
 
 def formulas(logps, num_tokens, ref_logps, a):
     """Loss of each method as its paper or its authors' code writes it (IPO times beta^2), with their beta."""
-    (pc, pr), (rc, rr), (nc, nr) = (x.chunk(2) for x in (logps, ref_logps, num_tokens))
+    (pc, pr), (rc, rr), (nc, nr), (sc, sr) = (x.chunk(2) for x in (logps, ref_logps, num_tokens, alignment(logps)))
     h = (pc - pr) - (rc - rr)
     per_token = (pc - rc) / nc - (pr - rr) / nr
     simpo = 2.0 * (pc / nc - pr / nr - 0.5)  # gamma_beta_ratio 0.5
@@ -83,7 +89,7 @@ def formulas(logps, num_tokens, ref_logps, a):
         "alpha": dpo(lambda r: 2 - 2 * torch.exp(-r / 2)),
         "aot": rearranged(pc - pr, rc - rr),
         "aot-unpaired": rearranged(r_w, r_l),
-        "wpo": -win * torch.exp(pc / nc + pr / nr).detach(),
+        "wpo": -win * torch.exp((pc - sc) / nc + (pr - sr) / nr).detach(),
         "dpo": -win,
         "cdpo": -0.9 * win - 0.1 * lose,
         "robust-dpo": (-0.9 * win + 0.1 * lose) / 0.8,
@@ -288,10 +294,14 @@ def test_rainbowpo_by_hand():
 
 
 def test_wpo_by_hand():
-    """At pi = ref the loss is log 2; three and one token of probability 1/2 and 1/4 weigh it by 1/8."""
-    logps = torch.tensor([-3 * math.log(2), -math.log(4)])
-    losses = preset("wpo")(logps, torch.tensor([3.0, 1.0]), logps).losses
-    torch.testing.assert_close(losses, torch.tensor([math.log(2) / 8]))
+    """At pi = ref the loss is log 2. Three tokens of probability 1/2 among two such, and one of 1/4 beside one of 3/4:
+    (1/2) / (1/2) = 1 and (1/4) / (10/16) = 2/5."""
+    logps, num_tokens = torch.tensor([-3 * math.log(2), -math.log(4)]), torch.tensor([3.0, 1.0])
+    alignment = torch.tensor([3 * math.log(1 / 2), math.log(10 / 16)])
+    losses = preset("wpo")(logps, num_tokens, logps, alignment=alignment).losses
+    torch.testing.assert_close(losses, torch.tensor([math.log(2) * 2 / 5]))
+    with pytest.raises(ValueError, match="on_policy_weighting needs alignment"):
+        preset("wpo")(logps, num_tokens, logps)
 
 
 def test_focal_warns_where_its_gradient_turns_at_the_first_step():

@@ -15,21 +15,24 @@ BETA = 0.3
 
 
 class Recorded:
-    """A model whose forward gives the log-probabilities it holds."""
+    """A model whose forward gives the log-probabilities it holds, and for WPO a log sum_v p_v^2 of each token."""
 
     def __init__(self, log_probs):
         self.log_probs = log_probs
 
     def __call__(self, **inputs):
         nothing = torch.zeros_like(self.log_probs)
-        # log_sum_sq_probs 0: WPO's weight without its alignment
         return SimpleNamespace(
             log_probs=self.log_probs,
             entropy=nothing,
             mean_logits=nothing,
             is_top1=nothing.bool(),
-            log_sum_sq_probs=nothing,
+            log_sum_sq_probs=alignment_of(self.log_probs),
         )
+
+
+def alignment_of(log_probs):
+    return 0.7 * log_probs.detach() - 0.1
 
 
 def batch(seed=0):
@@ -107,7 +110,8 @@ def test_loss_and_gradient_of_trl(name, seed):
     expected = scale * losses_of_trl(policy, reference, mask, **options)
     objective = preset(name, beta=BETA)
     num_tokens = mask.sum(1)
-    found = objective(policy.sum(1), num_tokens, reference.sum(1)).losses.mean()
+    alignment = (alignment_of(policy) * mask).sum(1) if objective.on_policy_weighting else None
+    found = objective(policy.sum(1), num_tokens, reference.sum(1), alignment=alignment).losses.mean()
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-6)
     gradients = [torch.autograd.grad(loss, policy)[0] for loss in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)

@@ -110,6 +110,17 @@ def plain_stats(model, rows, dtype=torch.float32):
     return torch.stack(logps), torch.stack(entropies)
 
 
+def plain_alignment(model, rows, dtype=torch.float32):
+    """Sum over each row's completion of log sum_v p_v^2, in the same way."""
+    sums = []
+    for side in ("chosen_ids", "rejected_ids"):
+        for row in rows:
+            p = model(input_ids=torch.tensor([row["prompt_ids"] + row[side]])).logits[0].to(dtype).softmax(-1)
+            first = max(len(row["prompt_ids"]), 1)
+            sums.append(p[first - 1 : -1].square().sum(-1).log().sum())
+    return torch.stack(sums)
+
+
 def train_logs(trainer):
     """The logs of training, without what depends on the clock."""
     clock = ("runtime", "per_second")

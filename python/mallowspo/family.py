@@ -285,12 +285,12 @@ FAMILY = {
         fields={"rearrangement": "unpaired"},
     ),
     "wpo": Method(
-        "WPO, without alignment",
+        "WPO",
         "Weighted Preference Optimization, arXiv 2406.11827",
-        certainty="weight as in TRL but for the alignment by sum p^2 of each token, which is not computed here",
-        formula="the host's times pi(y_w)^(1/|y_w|) pi(y_l)^(1/|y_l|), not differentiated",
-        when="Off-policy pairs: those that the policy would not write count less. The weight is small, so the "
-        "learning rate may grow.",
+        certainty=PEER + " (its use_weighting: the paper's sampled alignment)",
+        formula="the host's times w(y_w) w(y_l), not differentiated; log w(y): the mean over its tokens of "
+        "log p_y - log sum_v p_v^2",
+        when="Off-policy pairs: those that the policy would not write count less.",
         fields={"on_policy_weighting": True},
     ),
     # ---- token weights ---------------------------------------------------------------------------------------------

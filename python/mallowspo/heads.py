@@ -51,8 +51,9 @@ def learn(module, forward, settings):
     module.forward = types.MethodType(forward, module)
 
 
-def _linear_forward(self, hidden, target_ids=None, low_ranks=()):
-    """TokenStats of target_ids [N] from hidden [N, D]; low_ranks: (down [N, r], up [V, r], bias [V] or None) each."""
+def _linear_forward(self, hidden, target_ids=None, sharpness=1.0, low_ranks=()):
+    """TokenStats of target_ids [N] from hidden [N, D], of the distribution p^sharpness; low_ranks: (down [N, r],
+    up [V, r], bias [V] or None) each."""
     if target_ids is None:
         return type(self).forward(self, hidden)
     if type(self.weight) not in (nn.Parameter, torch.Tensor):
@@ -66,17 +67,17 @@ def _linear_forward(self, hidden, target_ids=None, low_ranks=()):
         down, up = (torch.cat(factors, dim=1).to(hidden.dtype) for factors in list(zip(*low_ranks, strict=True))[:2])
         low_rank = down, up
     bias = functools.reduce(torch.add, biases).to(hidden.dtype) if biases else None
-    return F.linear_token_stats(
-        hidden, self.weight, target_ids, bias=bias, low_rank=low_rank, **self.mallowspo_settings
-    )
+    settings = self.mallowspo_settings
+    settings = settings | {"temperature": settings["temperature"] / sharpness}
+    return F.linear_token_stats(hidden, self.weight, target_ids, bias=bias, low_rank=low_rank, **settings)
 
 
 def _lora_forward(self, hidden, target_ids=None, **kwargs):
     if target_ids is None:
         return type(self).forward(self, hidden, **kwargs)
     if self.disable_adapters or self.merged:
-        return type(self).forward(self, hidden, target_ids=target_ids)
-    call = functools.partial(self.base_layer, hidden, target_ids=target_ids)
+        return type(self).forward(self, hidden, target_ids=target_ids, **kwargs)
+    call = functools.partial(self.base_layer, hidden, target_ids=target_ids, **kwargs)
     for name in self.active_adapters:
         if name not in self.lora_A:
             continue

@@ -36,20 +36,23 @@ class SequenceStats(NamedTuple):
 
 
 class ResponseStats(NamedTuple):
-    """SequenceStats and the log-probability of each scored token, [N]: None where only the sums were kept."""
+    """SequenceStats and the log-probability of each scored token, [N]: None where only the sums were kept; and the sum
+    over the completion's tokens of log sum_v p_v^2, [R], what WPO aligns to: None unless it was asked for."""
 
     logps: torch.Tensor
     entropy: torch.Tensor
     token_logps: torch.Tensor | None = None
+    alignment: torch.Tensor | None = None
 
 
 def attach_token_stats(model):
     """Teaches a causal LM to return ``TokenStats`` when it is called with ``target_index`` and ``target_ids``.
 
     ``model(input_ids, attention_mask, target_index=..., target_ids=...)`` returns the statistics of the tokens
-    ``target_ids`` [N] as predicted from the flat positions ``target_index`` [N] of [R, T]. Any other call is the
-    model's own. A short forward pass compares the two ways, so that a model whose head does more than is known here is
-    refused instead of trained wrongly. Attaching twice is harmless. Of a ``PeftModel`` it is the base that is taught.
+    ``target_ids`` [N] as predicted from the flat positions ``target_index`` [N] of [R, T]; with ``aligned=True`` also
+    log sum_v p_v^2 [N], not differentiated, for one more product. Any other call is the model's own. A short forward
+    pass compares the two ways, so that a model whose head does more than is known here is refused instead of trained
+    wrongly. Attaching twice is harmless. Of a ``PeftModel`` it is the base that is taught.
 
     Raises:
         TypeError: the head is not one that :mod:`mallowspo.heads` knows, or a forward was replaced.
@@ -102,11 +105,16 @@ def _forward_of(model_class):
     return forward
 
 
-def _model_forward(self, *args, target_index=None, target_ids=None, **kwargs):
+def _model_forward(self, *args, target_index=None, target_ids=None, aligned=False, **kwargs):
     if target_ids is None:
         return type(self).forward(self, *args, **kwargs)
-    hidden = _hidden_states(self, target_index, *args, **kwargs)
-    return self.get_output_embeddings()(hidden, target_ids=target_ids)
+    hidden, head = _hidden_states(self, target_index, *args, **kwargs), self.get_output_embeddings()
+    stats = head(hidden, target_ids=target_ids)
+    if not aligned:
+        return stats
+    with torch.no_grad():  # q = p^2 / sum_v p_v^2 is the distribution at half the temperature
+        sharp_logps = head(hidden, target_ids=target_ids, sharpness=2.0).logps
+        return *stats, 2 * stats.logps - sharp_logps
 
 
 def _hidden_states(model, target_index, *args, segments=None, **kwargs):
@@ -208,20 +216,22 @@ def sequence_stats(model, batch):
     return SequenceStats(*response_stats(model, batch)[:2])
 
 
-def response_stats(model, batch):
+def response_stats(model, batch, aligned=False):
     """Runs the model (wrapped or not) on a collated batch.
 
     Args:
         model: a model that :func:`attach_token_stats` has seen, and :func:`share_prompts` if the batch is packed.
         batch: of :class:`mallowspo.collator.PreferenceCollator`, R = 2B sequences, or of ``pack`` or ``pad``.
+        aligned: whether the result has an alignment.
 
     Returns:
         ResponseStats, float32; differentiable.
     """
-    token_logps, token_entropy = model(**_encoded(batch), target_ids=batch["target_ids"])
+    options = {"aligned": True} if aligned else {}
+    found = model(**_encoded(batch), target_ids=batch["target_ids"], **options)
     lengths = batch["num_tokens"]
-    logps, entropy = (response_sums(values, lengths) for values in (token_logps, token_entropy))
-    return ResponseStats(logps, entropy / lengths, token_logps)
+    logps, entropy, *alignment = (response_sums(values, lengths) for values in found)
+    return ResponseStats(logps, entropy / lengths, found[0], *alignment)
 
 
 def load_model(model, init_kwargs=None):

@@ -62,8 +62,8 @@ class PreferenceObjective:
         rearrangement: AOT's: "paired" sets the sorted margins of the policy against the sorted ones of the reference,
             "unpaired" the sorted log-ratios of the chosen responses against those of the rejected ones. Sorted within
             the call's batch alone: each rank and micro-batch by itself.
-        on_policy_weighting: WPO's, without its alignment: multiplies each loss by the two responses' probabilities
-            per token (geometric means), not differentiated.
+        on_policy_weighting: WPO's, with its sampled alignment: multiplies each loss by both responses' geometric means
+            of p_y / sum_v p_v^2 over their tokens, not differentiated.
         sft_weight: >= 0, adds this times the chosen response's negative log-likelihood per token.
         token_decay: in (0, 1], weight token_decay^t of the t-th token (D2PO). 1: none.
         ld_alpha: in [0, 1], weight of the tokens beyond the length of the shorter response (LD-DPO). 1: none.
@@ -192,7 +192,7 @@ class PreferenceObjective:
     def _pair_choices(self):
         return {name: getattr(self, name) for name in PAIR_CHOICES}
 
-    def __call__(self, logps, num_tokens, ref_logps=None, neg_log_dispersion=None, plain_logps=None):
+    def __call__(self, logps, num_tokens, ref_logps=None, neg_log_dispersion=None, plain_logps=None, alignment=None):
         """The loss of each pair.
 
         Args:
@@ -203,12 +203,15 @@ class PreferenceObjective:
                 objective and only then.
             neg_log_dispersion: [B] for a mallows link and only then.
             plain_logps: [2B] the logps without weights, for WPO's weight and the SFT term; None: logps are.
+            alignment: [2B] sums over each response's tokens of log sum_v p_v^2 under the policy; read for
+                on_policy_weighting and only then.
 
         Returns:
             mallowspo.functional.PreferenceLoss; the losses include the SFT term.
 
         Raises:
-            ValueError: a reference that is missing or superfluous, and what ``preference_loss`` raises.
+            ValueError: a reference that is missing or superfluous, a missing alignment, and what ``preference_loss``
+                raises.
         """
         if (ref_logps is None) != self.reference_free:
             raise ValueError(
@@ -226,7 +229,12 @@ class PreferenceObjective:
                 raise ValueError("on_policy_weighting and sft_weight need plain_logps where tokens are weighted")
             plain_logps = logps
         if self.on_policy_weighting:
-            weight = sum((plain_logps.detach() / num_tokens).chunk(2)).exp()
+            if alignment is None:
+                raise ValueError(
+                    "on_policy_weighting needs alignment, the sum over a response's tokens of log sum_v p_v^2; zeros "
+                    "weigh by the probability alone"
+                )
+            weight = sum(((plain_logps - alignment).detach() / num_tokens).chunk(2)).exp()
             loss = loss._replace(losses=weight * loss.losses)
         if self.sft_weight:
             nll = -(plain_logps / num_tokens).chunk(2)[0]

@@ -231,11 +231,12 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
     def _pair_losses(self, model, batch):
         """Loss of each pair, its statistics and its metrics: what a step, an evaluation and a score share."""
         references = self._reference_of(batch)
-        policy = response_stats(model, batch)
+        policy = response_stats(model, batch, aligned=self.objective.on_policy_weighting)
         dispersion = self._dispersion_of(batch, references)
         step = self.state.global_step if self.model.training else 0  # score leaves a wrapper in its mode
         logps, ref_logps = weighted_logps(self.objective, batch, policy, references, seed=self.args.seed, step=step)
-        loss = self.objective(logps, batch["num_tokens"], ref_logps, dispersion, plain_logps=policy.logps)
+        of_policy = {"plain_logps": policy.logps, "alignment": policy.alignment}
+        loss = self.objective(logps, batch["num_tokens"], ref_logps, dispersion, **of_policy)
         return loss, policy, references, dispersion
 
     def _metrics(self, batch, loss, policy, references, dispersion):

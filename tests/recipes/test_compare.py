@@ -65,7 +65,7 @@ def test_losses_by_hand(bandit):
     (chosen, rejected), refs = sides(logits.log_softmax(-1), pairs), pairs.ref_logps.unflatten(1, (2, 5, 3, -1))
     dpo = torch.log1p(torch.exp(-0.1 * (chosen - rejected - refs[0, 0] + refs[0, 1])))
     assert compare.pair_losses(preset("dpo"), pairs, logits).allclose(dpo.flatten())
-    weight = chosen.exp() * rejected.exp()
+    weight = chosen.exp() * rejected.exp() / logits.softmax(-1).square().sum(-1, keepdim=True) ** 2
     assert compare.pair_losses(preset("wpo"), pairs, logits).allclose((weight * dpo).flatten())
     harmonic = -(0.5 / refs[0].exp() + 0.5 / refs[1].exp()).log()
     mrpo = torch.log1p(torch.exp(-0.1 * (chosen - rejected - harmonic[0] + harmonic[1])))

@@ -76,9 +76,11 @@ class DPOConfig(ObjectiveArguments, trl.DPOConfig):
         super().__post_init__()
         if len(self.loss_type) != 1:
             raise ValueError(f"loss_type must be one preset, got {self.loss_type}; sft_weight adds the SFT loss")
+        objective = self.objective()
         defaults = {f.name: f.default for f in fields(trl.DPOConfig)}
         for name in _REPLACED:
-            if getattr(self, name) != defaults[name]:
+            is_ours = name == "use_weighting" and objective.on_policy_weighting
+            if getattr(self, name) != defaults[name] and not is_ours:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} changes what TRL computes, which the preset "
                     f"{self.loss_type[0]!r} replaces; leave it at {defaults[name]!r}"
@@ -88,7 +90,7 @@ class DPOConfig(ObjectiveArguments, trl.DPOConfig):
                 "dispersion_scale='auto' needs a pass over the data that TRL's trainer does not make: give a number, "
                 "or use mallowspo.MallowsTrainer, which calibrates it (and logs it as dispersion/scale)"
             )
-        objective = self.objective()
+        self.use_weighting = objective.on_policy_weighting  # TRL's head then gives what the weight is aligned to
         for name, needed in (("weighs_tokens", "token weights"), ("reference_weights", "several references")):
             if getattr(objective, name):
                 raise ValueError(
@@ -192,7 +194,9 @@ class DPOTrainer(trl.DPOTrainer):
             metrics["dispersion/neg_log_mean"] = dispersion
 
         ref_logps = None if self.objective.reference_free else ref_logps
-        loss = self.objective(summed(policy[0].log_probs), num_tokens, ref_logps, dispersion)
+        alignment = summed(policy[0].log_sum_sq_probs) if self.objective.on_policy_weighting else None
+        logps = summed(policy[0].log_probs)
+        loss = self.objective(logps, num_tokens, ref_logps, dispersion, alignment=alignment)
         total = loss.losses.mean()
         if self.aux_loss_enabled:
             total = total + self.router_aux_loss_coef * policy[0].aux_loss
