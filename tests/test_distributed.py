@@ -19,7 +19,7 @@ HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 def of_engines(*rows):
     """Test parameters that begin with an engine's name."""
-    skip = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed: pip install deepspeed")
+    skip = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed: extra [deepspeed]")
     return [pytest.param(*row, marks=skip if "deepspeed" in row[0] else (), id="-".join(row)) for row in rows]
 
 

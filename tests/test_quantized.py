@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from mallowspo.data import tokenize_pairs
 from mallowspo.dispersion import fingerprint
 
-bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: extra [qlora]")
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # whole blocks of 64 weights
