@@ -18,7 +18,6 @@ tile's size. Where the head is frozen it goes chunk by chunk, and the sum of the
 """
 
 import itertools
-from functools import partial
 
 import torch
 
@@ -122,20 +121,14 @@ class LinearTokenStatsFunction(torch.autograd.Function):
             if not by_chunk:
                 summed_lefts, summed_rows = grad_lefts, rows
             elif j == len(tiles) - 1:
-                new = partial(torch.zeros_like, dtype=total)
-                summed_lefts = [None if g is None else new(part) for part, g in zip(parts, grad_lefts, strict=True)]
-                summed_rows = slice(None)
+                summed_lefts, summed_rows = [None if g is None else g[rows].to(total) for g in grad_lefts], slice(None)
             logits = _in_slot(held, number, parts[0], columns)
             if number in lost:
                 _multiply(parts, rights, bias, columns, logits)
             grads = [None if g is None else g[rows].contiguous() for g in (grad_logps, grad_entropy)]
             saved = labels[rows], entropy[rows], row_max[rows], log_sum[rows]
             place = columns.start, len(weight), ignore_index
-            capped = _capped(logits, softcap)
-            slope = None if softcap is None else 1 - (capped / softcap) ** 2
-            ops.token_stats_backward_tile(capped, *grads, *saved, *place, temperature)
-            if softcap is not None:
-                logits.copy_(capped.mul_(slope))
+            _differentiate(logits, softcap, *grads, *saved, *place, temperature)
             for part, summed_left, right, summed in zip(parts, summed_lefts, rights, sums, strict=True):
                 if summed_left is not None:
                     _add_product(summed_left, logits, right[columns], summed_rows)
@@ -221,7 +214,7 @@ def _layout(lefts, rights, labels, ignore_index, chunk_tokens, budget, caps, wan
 
 
 def _in_huge_pages(memory):
-    """The same, fresh; where it is many megabytes, page faults of 4 KiB would take as long as a product."""
+    """The memory, fresh as it is: of many megabytes, page faults of 4 KiB would take half a product's time."""
     ops.advise_huge_pages(memory)
     return memory
 
@@ -249,6 +242,15 @@ def _capped(logits, softcap):
     if softcap is None:
         return logits
     return softcap * torch.tanh(logits.to(accumulator_dtype(logits.dtype)) / softcap)
+
+
+def _differentiate(logits, softcap, *arguments):
+    """Overwrites a tile with the gradient in it; arguments: those of the operator."""
+    capped = _capped(logits, softcap)
+    slope = None if softcap is None else 1 - (capped / softcap) ** 2
+    ops.token_stats_backward_tile(capped, *arguments)
+    if softcap is not None:
+        logits.copy_(capped.mul_(slope))
 
 
 def _direction(summed, state, weight, labels, ignore_index, temperature):
