@@ -36,12 +36,13 @@ RUNS = {
     "reference-free": {"eval_rows": 7, "rows": 24, "loss_type": "mallows-simpo"},
     "one pair": {"eval_rows": 1, "rows": 1},
     "tokens": {"eval_rows": 3, "rows": 21, "loss_type": "mallows-theta+sampo+bmc"},
+    "several": {"eval_rows": 5, "rows": 21, "loss_type": "mrpo", "references": 2, "precompute_ref_log_probs": True},
     "no reference": {"eval_rows": 3, "rows": 21} | NO_REFERENCE,
 }
 # Of each engine that shards; of ZeRO-3, where no rank has the whole reference, those that need no copy and no pass.
 SHARDED_RUNS = {
-    "fsdp2": ("cached", "adapter", "copy", "tokens"),
-    "deepspeed_zero2": ("cached", "adapter", "copy", "tokens"),
+    "fsdp2": ("cached", "adapter", "copy", "tokens", "several"),
+    "deepspeed_zero2": ("cached", "adapter", "copy", "tokens", "several"),
     "deepspeed_zero3": ("adapter", "no reference"),
 }
 HALF = {  # layers in bfloat16
@@ -110,6 +111,8 @@ def run(folder, runs=RUNS, **settings):
         if "peft_config" in options:
             torch.manual_seed(0)
             options["peft_config"] = lora(target_modules=options["peft_config"], init_lora_weights=False)
+        if "references" in options:
+            options["ref_model"] = [tiny_model(seed=seed) for seed in range(1, 1 + options.pop("references"))]
         dropped = options.pop("dropped", ())
         record, held_out = Record(), with_dropped_pairs(tiny_pairs(options.pop("eval_rows"), seed=1), dropped)
         trainer = tiny_trainer(
