@@ -198,10 +198,12 @@ def parse_arguments():
 
 def measure(args, setting):
     """The results of all selected cells; every finished one is printed."""
-    earlier = json.loads(Path(args.memory_from).read_text())["rows"] if args.memory_from else []
-    known = {row["case"]: row["extra_memory_mib"] for row in earlier}
+    earlier = json.loads(Path(args.memory_from).read_text()) if args.memory_from else {"rows": []}
+    known = {row["case"]: row["extra_memory_mib"] for row in earlier["rows"]}
     trainings = [training for training in TRAININGS if any(cell.training == training for cell in args.cells)]
     facts = {"model": args.model} | machine.facts(args.device)
+    if args.memory_from:
+        facts["peaks"] = f"of the run of {earlier['facts']['date']}"
     losses = [losses_over(args.loss_steps, training, setting) for training in trainings]
     profile = [profile_of(training, setting) for training in trainings]
     release(args.device)  # the processes of the cells need the room

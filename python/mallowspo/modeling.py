@@ -227,8 +227,7 @@ def response_stats(model, batch, aligned=False):
     Returns:
         ResponseStats, float32; differentiable.
     """
-    options = {"aligned": True} if aligned else {}
-    found = model(**_encoded(batch), target_ids=batch["target_ids"], **options)
+    found = model(**_encoded(batch), target_ids=batch["target_ids"], aligned=aligned)
     lengths = batch["num_tokens"]
     logps, entropy, *alignment = (response_sums(values, lengths) for values in found)
     return ResponseStats(logps, entropy / lengths, found[0], *alignment)

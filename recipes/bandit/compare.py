@@ -100,8 +100,8 @@ def pair_losses(objective, pairs, logits, step=0):
         scores = scores + torch.cat([2 * pairs.offset, pairs.offset])
         ref_scores = ref_scores + torch.cat([pairs.offset, 0 * pairs.offset])
     dispersion = pairs.neg_log_dispersion if objective.uses_dispersion else None
-    alignment = (2 * logits.log_softmax(-1)).logsumexp(-1, keepdim=True).expand_as(pairs.actions[0])
-    of_policy = {"plain_logps": logps, "alignment": alignment.expand_as(pairs.actions).flatten()}
+    alignment = (2 * logits.log_softmax(-1)).logsumexp(-1, keepdim=True).expand_as(pairs.actions).flatten()
+    of_policy = {"plain_logps": logps, "alignment": alignment}
     return objective(scores, num_tokens, ref_scores, dispersion, **of_policy).losses
 
 
