@@ -266,3 +266,4 @@ def main(what, folder, *checkpoint):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    PartialState().destroy_process_group()  # an exit with gloo's threads at work aborts now and then

@@ -113,6 +113,7 @@ def main():
         versions = package_versions(*packages)
         print(report.write_report(training.output_dir, history, report.by_topic(sides), settings, versions))
         print(f"written to {training.output_dir}")
+    trainer.accelerator.end_training()  # an exit with gloo's threads at work aborts one run in many (torch's #190489)
 
 
 if __name__ == "__main__":
