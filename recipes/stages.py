@@ -1,5 +1,6 @@
 """Results of the stages of a long run, kept on disk: a second run goes on where the first one ended."""
 
+import hashlib
 import io
 import json
 import os
@@ -15,10 +16,23 @@ from tqdm.auto import tqdm
 
 from mallowspo.files import write_whole
 
+CHECKSUM = "checksum"  # the file beside a folder's others that holds their hash
+
 
 def digest(value):
     """A hash of anything JSON can hold; TypeError for what it cannot."""
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
+def folder_digest(folder):
+    """A hash of the names and the bytes of all files below a folder, its checksum apart."""
+    files = {}
+    for path in Path(folder).rglob("*"):
+        if path.is_file() and path.name != CHECKSUM:
+            with path.open("rb") as file:
+                name = path.relative_to(folder).as_posix()
+                files[name] = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    return digest(files)
 
 
 class Stages:
@@ -77,14 +91,17 @@ class Stages:
             raise _corrupt(path) from error
 
     def folder(self, name, inputs, compute):
-        """The path of the folder that ``compute(folder)`` makes and fills."""
+        """The path of the folder that ``compute(folder)`` makes and fills; nothing in it may change later."""
         path = self._path(name, digest(inputs))
         if not self._kept(name, path):
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._folder) as temporary:
                 filled = Path(temporary) / "filled"
                 compute(filled)
+                (filled / CHECKSUM).write_text(folder_digest(filled))
                 os.replace(filled, path)
+        elif not (path / CHECKSUM).is_file() or (path / CHECKSUM).read_text() != folder_digest(path):
+            raise _corrupt(path)
         return path
 
     def _path(self, name, key, ending=""):

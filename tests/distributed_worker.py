@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, training_args
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from mallowspo.callbacks import GenerationSamples
 from mallowspo.collator import PreferenceCollator
 from mallowspo.data import tokenize_pairs
 from mallowspo.modeling import add_adapter, attach_token_stats, sequence_stats
@@ -131,6 +132,12 @@ def run(folder, runs=RUNS, **settings):
             **options,
             **settings,
         )
+        samples = partial(GenerationSamples, trainer, num_prompts=3, max_new_tokens=4)
+        if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            with pytest.raises(ValueError, match="needs the whole weights on one rank"):
+                samples()
+        else:
+            trainer.add_callback(samples())
         before = None
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # the evaluation in train() must do
             for early in (trainer.evaluate, partial(trainer.score, held_out)):

@@ -4,6 +4,7 @@ With each file of recipes/accelerate, on the CPU and in full precision.
 """
 
 import importlib.util
+import json
 
 import distributed_worker
 import numpy as np
@@ -157,6 +158,21 @@ def test_scores_are_those_of_one_process(run):
         assert rank["scores"].keys() == alone["scores"].keys()
         for name, values in alone["scores"].items():
             np.testing.assert_allclose(rank["scores"][name], values, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "engine, name",
+    of_engines(
+        *(("ddp", name) for name in distributed_worker.RUNS),
+        *(("deepspeed_zero2", name) for name in distributed_worker.SHARDED_RUNS["deepspeed_zero2"]),
+    ),
+)
+def test_generated_samples_are_those_of_one_process(folder, engine, name):
+    expected, found = (
+        [json.loads(line) for line in (folder / who / name / "generations.jsonl").read_text().splitlines()]
+        for who in ("alone", engine)
+    )
+    assert found == expected and {row["step"] for row in found} == {0, distributed_worker.STEPS}
 
 
 def test_runs_cover_what_they_claim(folder):

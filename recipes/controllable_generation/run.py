@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import xxhash
 from datasets import Dataset, disable_progress_bars, load_dataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
@@ -34,7 +33,7 @@ from mallowspo import MallowsConfig, MallowsTrainer, preset, presets
 from mallowspo.modeling import add_adapter, attach_token_stats, unprepared
 from options import check_at_least_one, config_field, parse_options
 from reporting import package_versions
-from stages import Stages, digest
+from stages import Stages, digest, folder_digest
 
 MOVIE, *OTHERS = reviews.DOMAINS
 REFERENCE = "reference"
@@ -154,14 +153,7 @@ def load_tokenizer(name):
 
 def model_digest(model):
     """What identifies a model: a hash of the files of a folder, or the hub's name itself."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return str(model)
-    state = xxhash.xxh3_64()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        state.update(path.name.encode())
-        state.update(path.read_bytes())
-    return state.hexdigest()
+    return folder_digest(model) if Path(model).is_dir() else str(model)
 
 
 def tuned_reference(recipe, training, texts, stages):

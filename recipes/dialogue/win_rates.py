@@ -19,7 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from datasets import Dataset
-from safetensors import SafetensorError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what the recipes share
 import sources
@@ -195,10 +194,7 @@ class Experiment:
             if adapter:
                 from peft import PeftModel
 
-                try:
-                    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-                except SafetensorError as error:
-                    raise ValueError(f"the adapter in {adapter} is corrupt ({error}); delete the folder") from error
+                model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
             model = model.to(self.training.device)
             return [
                 sample_replies(

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from dialogue_recipe import write_jsonl
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from load_recipe import hide_package, import_recipe
 from tiny import GPT2_SHAPE, tiny_model, tiny_tokenizer
@@ -381,6 +381,7 @@ def test_length_control_takes_the_length_out():
 
 
 @settings(max_examples=30, deadline=None)
+@example([(0.0, 12), (0.5, 21), (1.0, 7)])  # where LBFGS stops early unless it is told not to
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.integers(-30, 30)), min_size=1, max_size=40))
 def test_length_control_solves_its_equations(pairs):
     wins, differences = np.array(pairs, dtype=float).T
@@ -388,7 +389,8 @@ def test_length_control_solves_its_equations(pairs):
     spread = differences.std() or 1.0
     x = torch.tensor(np.tanh(differences / spread))
     coefficients = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([coefficients], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+    exact = {"max_iter": 500, "tolerance_grad": 1e-10, "tolerance_change": 0, "line_search_fn": "strong_wolfe"}
+    solver = torch.optim.LBFGS([coefficients], **exact)
 
     def loss():
         solver.zero_grad()
@@ -528,7 +530,7 @@ def test_a_corrupt_adapter_or_stage_stops_the_run(command):
         replies.unlink()
         (adapter,) = out.glob("stages/dpo-seed-42-*/adapter_model.safetensors")
         adapter.write_bytes(b"x")
-        with pytest.raises(ValueError, match="the adapter in .* is corrupt .*delete the folder"):
+        with pytest.raises(ValueError, match=f"{adapter.parent} is corrupt; delete it"):
             run(*judge)
 
 

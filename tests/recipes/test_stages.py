@@ -12,8 +12,8 @@ def never(*_):
 
 
 def fill(folder):
-    folder.mkdir()
-    (folder / "file").write_text("x")
+    (folder / "below").mkdir(parents=True)
+    (folder / "below" / "file").write_text("x")
 
 
 def test_a_stage_runs_once_for_its_inputs(tmp_path, capsys):
@@ -26,7 +26,7 @@ def test_a_stage_runs_once_for_its_inputs(tmp_path, capsys):
         (found,) = kept.arrays("name", ["x", 1], compute).values()
         assert found.dtype == np.uint8 and (found == pixels).all()
     for compute in (fill, never):
-        assert (kept.folder("name", ["x", 1], compute) / "file").read_text() == "x"
+        assert (kept.folder("name", ["x", 1], compute) / "below/file").read_text() == "x"
     assert len(list((tmp_path / "stages").iterdir())) == 4
     assert not capsys.readouterr().out
     stages.Stages(tmp_path / "stages", verbose=True).value("name", ["x", 2], never)
@@ -54,6 +54,23 @@ def test_a_corrupt_file_is_refused_by_name(tmp_path, kind, compute, damage):
     path.write_bytes(damage(whole))
     with pytest.raises(ValueError, match=f"{path} is corrupt; delete it"):
         stage("draw", 1, never)
+
+
+DAMAGE = [
+    lambda path: path.write_text(""),
+    lambda path: path.write_text("y"),
+    lambda path: path.unlink(),
+    lambda path: path.rename(path.parent / "other"),
+    lambda path: (path.parent / "more").touch(),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_folder_with_a_changed_file_is_refused(tmp_path, damage):
+    kept = stages.Stages(tmp_path)
+    damage(kept.folder("name", 1, fill) / "below" / "file")
+    with pytest.raises(ValueError, match=f"{tmp_path}/name-.* is corrupt; delete it"):
+        kept.folder("name", 1, never)
 
 
 def test_an_interrupted_stage_leaves_nothing(tmp_path):
