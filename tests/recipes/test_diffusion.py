@@ -327,7 +327,7 @@ def test_a_run_is_reported_and_done_once(command, tmp_path, monkeypatch):
 
 def test_a_damaged_stage_is_named(command, tmp_path):
     run.main([*command, "--links", "ipo", "--seeds", "1"])
-    (stage,) = (tmp_path / "out" / "stages").glob("ipo-*.npz")
+    (stage,) = (tmp_path / "out" / "stages").glob("ipo-*.arrays")
     stage.write_bytes(stage.read_bytes()[:100])
     with pytest.raises(ValueError, match=f"{stage} is corrupt; delete it"):
         run.main([*command, "--links", "ipo", "--seeds", "1"])

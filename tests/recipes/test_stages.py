@@ -40,7 +40,7 @@ def test_a_stage_runs_once_for_its_inputs(tmp_path, capsys):
 CUTS = [lambda data: data[:-9], lambda data: data[:20], lambda data: b""]
 CHANGES = [*CUTS, lambda data: b"[]", lambda data: data.replace(b"12", b"13")]
 CASES = [("value", lambda: 12, change) for change in CHANGES]
-FLIPS = [lambda data, i=i: data[:i] + bytes([data[i] ^ 255]) + data[i + 1 :] for i in (60, 80, 100, 150)]
+FLIPS = [lambda data, i=i: data[:i] + bytes([data[i] ^ 255]) + data[i + 1 :] for i in (0, 20, 60, 80, 100, 150)]
 CASES += [("arrays", lambda: {"a": np.arange(99)}, change) for change in CUTS + FLIPS]
 
 
