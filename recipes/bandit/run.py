@@ -4,17 +4,19 @@
     python recipes/bandit/run.py --config recipes/bandit/paper.yaml    # more of everything
 
 Every option can stand in the YAML file of --config or on the command line, which wins: ``--steps 500``.
-Writes results.json, results.md and the plots into output_dir.
+Writes results.json, results.md and the plots into output_dir. Each setting's result is kept in output_dir/stages: an
+interrupted run goes on with the settings that are missing.
 """
 
 import itertools
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -26,6 +28,7 @@ import sampling
 import mallowspo.functional as F
 from options import config_field, list_field, parse_options
 from reporting import package_versions
+from stages import Stages
 
 
 @dataclass
@@ -61,11 +64,23 @@ class Options(experiment.ProblemOptions):
 def run_setting(options, distance, preferences, optimizer):
     """Trains and summarises one setting, on one thread: the settings run beside each other."""
     torch.set_num_threads(1)
-    problem = options.make_problem(distance, preferences)
-    steps, history = experiment.train(problem, options.betas, optimizer=optimizer, steps=options.steps)
-    reference = experiment.evaluate(problem, problem.ref_logps)
+
+    def train():
+        problem = options.make_problem(distance, preferences)
+        steps, history = experiment.train(problem, options.betas, optimizer=optimizer, steps=options.steps)
+        reference = experiment.evaluate(problem, problem.ref_logps)
+        found = {f"history {name}": values for name, values in history.items()}
+        found |= {f"reference {name}": values for name, values in reference.items()}
+        return {"steps": np.array(steps)} | {name: values.double().numpy() for name, values in found.items()}
+
+    others = ("config", "output_dir", "distances", "preferences", "optimizers", "kl_targets")
+    inputs = {name: value for name, value in asdict(options).items() if name not in others}
+    inputs |= {"distance": distance, "preferences": preferences, "optimizer": optimizer}
+    kept = Stages(Path(options.output_dir) / "stages").arrays("setting", inputs, train)
+    steps = kept.pop("steps").tolist()
     history, reference = (
-        {name: values.double().numpy() for name, values in found.items()} for found in (history, reference)
+        {name.removeprefix(kind): values for name, values in kept.items() if name.startswith(kind)}
+        for kind in ("history ", "reference ")
     )
     return report.summarise(steps, history, reference, options)
 

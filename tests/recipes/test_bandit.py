@@ -307,7 +307,7 @@ def test_a_whole_run(tmp_path):
     plots = {f"{kind}_{name}" for kind in ("frontier", "gain") for name in ("optimal", "reward")}
     plots |= {"dispersion_estimate", "entropy", "training_reward", "training_entropy_contested"}
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"results.json", "results.md"} | {f"{name}.png" for name in plots}
+    assert names == {"results.json", "results.md", "stages"} | {f"{name}.png" for name in plots}
     assert set(re.findall(r"!\[.+\]\((.+)\.png\)", (tmp_path / "out" / "results.md").read_text())) == plots
     assert page(tmp_path / "out").count("<figcaption>") == len(plots)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -321,6 +321,26 @@ def test_a_whole_run(tmp_path):
     assert matched["dpo"]["reward"]["minus_dpo"] == {"mean": 0.0, "half": 0.0}
     assert setting["training"]["ipo"]["reward"]["mean"][-1] == pytest.approx(matched["ipo"]["reward"]["mean"])
     assert setting["training"]["ipo"]["reward"]["mean"][0] == pytest.approx(setting["reference"]["reward"]["mean"])
+
+
+def test_an_interrupted_run_goes_on_with_the_settings_that_are_missing(tmp_path, monkeypatch):
+    size = ["--dispersions", "0.2", "0.6", "--num_actions", "3", "--betas", "1", "--steps", "2", "--num_seeds", "5"]
+    (options,) = parse(["--output_dir", str(tmp_path), *size])
+    trained, train = [], experiment.train
+
+    def interrupted(*args, optimizer, **options):
+        trained.append(optimizer)
+        if trained == ["adam", "sgd"]:
+            raise KeyboardInterrupt
+        return train(*args, optimizer=optimizer, **options)
+
+    monkeypatch.setattr(experiment, "train", interrupted)
+    keys = [("kendall", 15, optimizer) for optimizer in ("adam", "sgd")]
+    first = run.run_setting(options, *keys[0])
+    with pytest.raises(KeyboardInterrupt):
+        run.run_setting(options, *keys[1])
+    assert repr(run.run_setting(options, *keys[0])) == repr(first) != repr(run.run_setting(options, *keys[1]))
+    assert trained == ["adam", "sgd", "sgd"]
 
 
 def test_options_of_files_and_command_line(tmp_path):
