@@ -18,7 +18,6 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from models import model_key, package_folder
@@ -82,7 +81,7 @@ class _ScoringJudge:
         asked = list(zip(map(plain_text, prompts), humans, replies, strict=True))
         new = {key: prompt for key, prompt in zip(asked, prompts, strict=True) if key not in self._known}
         keys = list(new)
-        for start in tqdm(range(0, len(keys), batch_size), desc="Judging", disable=not keys):
+        for start in range(0, len(keys), batch_size):
             batch = keys[start : start + batch_size]
             found = self._score([(new[key], *key[1:]) for key in batch]).tolist()
             for (prompt, _, reply), score in zip(batch, found, strict=True):
@@ -172,7 +171,7 @@ class EndpointJudge:
     def preferences(self, prompts, humans, first, second):
         asked = list(zip(map(plain_text, prompts), first, second, strict=True))
         with ThreadPoolExecutor(QUESTIONS_AT_A_TIME) as pool:
-            return list(tqdm(pool.map(self._in_both_orders, asked), total=len(asked), desc="Judging"))
+            return list(pool.map(self._in_both_orders, asked))
 
     def _in_both_orders(self, asked):
         prompt, first, second = asked

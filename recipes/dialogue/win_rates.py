@@ -2,6 +2,7 @@
 
     python recipes/dialogue/win_rates.py                                          # win_rates.yaml, two cores, no hub
     python recipes/dialogue/win_rates.py --judge http://localhost:8000/v1 --judge_model NAME
+    python recipes/dialogue/win_rates.py --config recipes/dialogue/win_rates_paper.yaml  # the paper's task: GPU, hub
 
 The model's own replies to training prompts are ranked by a judge against the human's reply; the best and the worst to
 a prompt are a pair. Every method is trained on the same pairs under several seeds, and its replies to held-out prompts
@@ -35,6 +36,7 @@ from reporting import package_versions
 from stages import Stages, digest
 
 IN, OUT = "prompts held out", "topics held out"
+JUDGED_AT_A_TIME = 64  # a judge that fails loses no more answers than these
 # Arguments of the trainer that change no weight.
 _NO_MATTER = ("output_dir", "logging_dir", "run_name", "reference_cache_dir", "disable_tqdm", "report_to")
 
@@ -178,7 +180,9 @@ class Experiment:
         self.arguments, self.training, self.judge = arguments, training, judge
         self.folder = models.model_folder(arguments.model)
         self.tokenizer = models.load_tokenizer(self.folder, arguments.chat_template)
-        self.stages = Stages(Path(training.output_dir) / "stages", verbose=True)
+        folder = Path(training.output_dir) / "stages"
+        self.stages = Stages(folder, verbose=True)
+        self.judged = Stages(folder)  # quiet: a line for each chunk would break its bar
         facts = [self.tokenizer.chat_template, mallowspo.__version__, version("transformers"), version("torch")]
         self.model_key = models.model_key(load_model(self.folder), facts)
 
@@ -214,13 +218,7 @@ class Experiment:
         arguments = self.arguments
         prompts, repeats = [row["prompt"] for row in rows], arguments.replies_per_prompt
         (said,) = self.replies("sft-train-replies", prompts, [arguments.pair_temperature], repeats=repeats)
-        texts = [reply["text"] for reply in said]
-        humans = [row["human"] for row in rows] * repeats
-        scores = self.stages.value(
-            "sft-train-scores",
-            [self.judge.identity, prompts, humans, texts],
-            lambda: self.judge.scores(prompts * repeats, humans, texts),
-        )
+        (scores,) = self.judge_replies("sft-train-scores", self.judge.scores, rows * repeats, [said])
         prompts = [with_system_prompt(prompt, arguments.system_prompt) for prompt in prompts]
         by_prompt = [[column[i :: len(rows)] for i in range(len(rows))] for column in (said, scores)]
         return best_and_worst(prompts, *by_prompt)
@@ -249,31 +247,35 @@ class Experiment:
         inputs = [self.model_key, matter, self.arguments.lora_rank, pairs]
         return self.stages.folder(f"{method}-seed-{seed}", inputs, train)
 
-    def scores(self, name, rows, said):
-        """[temperature][prompts] the judge's scores of replies against the human's."""
-        prompts, humans = [row["prompt"] for row in rows], [row["human"] for row in rows]
-        texts = [[reply["text"] for reply in replies] for replies in said]
+    def judge_replies(self, name, ask, rows, *sides):
+        """[temperature][prompts] of what the judge says; answers given before a failure are kept.
 
-        def judge():
-            return [self.judge.scores(prompts, humans, replies) for replies in texts]
-
-        return self.stages.value(f"{name}-scores", [self.judge.identity, prompts, humans, texts], judge)
-
-    def verdicts(self, name, rows, first, second):
-        """[temperature][prompts] of 1, 1/2, 0: is the first's reply better?"""
-        prompts, humans = [row["prompt"] for row in rows], [row["human"] for row in rows]
-        sides = [[[reply["text"] for reply in replies] for replies in side] for side in (first, second)]
-
-        def judge():
-            return [self.judge.preferences(prompts, humans, *texts) for texts in zip(*sides, strict=True)]
-
-        return self.stages.value(name, [self.judge.identity, prompts, humans, sides], judge)
+        Args:
+            ask: ``scores`` or ``preferences`` of the judge. rows: with the prompts and the human's replies.
+            sides: the replies to judge, [temperature][prompts], of one model for scores, of two for preferences.
+        """
+        asked = [
+            json.dumps([row["prompt"], row["human"], *(reply["text"] for reply in replies)])
+            for at_temperature in zip(*sides, strict=True)
+            for row, *replies in zip(rows, *at_temperature, strict=True)
+        ]
+        distinct = list(dict.fromkeys(asked))  # equal replies get one answer, in whichever run it was given
+        answers = self.judged.chunks(
+            *(name, self.judge.identity, distinct, JUDGED_AT_A_TIME),
+            lambda chunk, _: ask(*zip(*map(json.loads, chunk), strict=True)),
+        )
+        found = dict(zip(distinct, answers, strict=True))
+        size = len(rows)
+        return [[found[key] for key in asked[start : start + size]] for start in range(0, len(asked), size)]
 
 
 def main():
     arguments, training = parse_arguments()
-    if training.world_size > 1:
-        raise ValueError("win_rates.py runs in one process; start it with python, not with accelerate launch")
+    if training.world_size > 1 or training.n_gpu > 1:
+        raise ValueError(
+            "win_rates.py runs in one process on one GPU at most; start it with python, not with accelerate launch, "
+            "and where there are several GPUs under CUDA_VISIBLE_DEVICES=0"
+        )
     models.package_folder("peft", "peft")
     judge = load_judge(arguments.judge, arguments.judge_model, training.device)
     sides, notes = load_prompts(arguments, training.seed)
@@ -285,7 +287,7 @@ def main():
     rows = [row | {"place": place} for place, side in sides.items() if place != "train" for row in side]
     prompts = [row["prompt"] for row in rows]
     said = {("sft", None): experiment.replies("sft-replies", prompts, arguments.temperatures)}
-    scores = {("sft", None): experiment.scores("sft", rows, said["sft", None])}
+    scores = {("sft", None): experiment.judge_replies("sft-scores", judge.scores, rows, said["sft", None])}
     verdicts, logs = {}, {}
     for seed in range(training.seed, training.seed + arguments.num_seeds):
         for method in sorted(arguments.methods, key="dpo".__ne__):  # DPO first: the others are compared with it
@@ -293,13 +295,13 @@ def main():
             logs[method, seed] = json.loads((adapter / "training.json").read_text())
             name = f"{method}-seed-{seed}"
             said[method, seed] = experiment.replies(f"{name}-replies", prompts, arguments.temperatures, adapter)
-            scores[method, seed] = experiment.scores(name, rows, said[method, seed])
+            scores[method, seed] = experiment.judge_replies(f"{name}-scores", judge.scores, rows, said[method, seed])
             others = {"sft": ("sft", None)}
             if method != "dpo" and "dpo" in arguments.methods:
                 others["dpo"] = ("dpo", seed)
             for other, key in others.items():
-                verdicts[method, other, seed] = experiment.verdicts(
-                    f"{name}-against-{other}", rows, said[method, seed], said[key]
+                verdicts[method, other, seed] = experiment.judge_replies(
+                    f"{name}-against-{other}", judge.preferences, rows, said[method, seed], said[key]
                 )
 
     results = {

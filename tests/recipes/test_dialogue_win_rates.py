@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from dialogue_recipe import write_jsonl
+from dialogue_recipe import ASSISTANT, FOLDER, HUMAN, paper_options, write_jsonl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from load_recipe import hide_package, import_recipe
 from tiny import GPT2_SHAPE, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -334,6 +335,10 @@ def test_bad_sizes_are_refused(options, message):
         arguments(**options)
 
 
+PAPER = str(FOLDER / "win_rates_paper.yaml")
+COMMON = ("model", "dataset", "chat_template")
+
+
 def test_the_recipes_own_file_parses():
     recipe, training = win_rates.parse_arguments([])
     assert recipe.num_seeds >= 5
@@ -341,6 +346,11 @@ def test_the_recipes_own_file_parses():
     assert {"dpo", "mallows-theta"} <= set(recipe.methods)
     assert win_rates.parse_arguments(["--temperatures", "0", "0.7"])[0].temperatures == [0, 0.7]
     assert training.max_steps > 0
+    paper, training = win_rates.parse_arguments(["--config", PAPER, "--bf16", "false"])
+    assert {name: getattr(paper, name) for name in COMMON} == {name: paper_options()[name] for name in COMMON}
+    assert paper.lora_rank >= 1 and len(paper.temperatures) >= 3
+    assert {"dpo", "mallows-theta"} <= set(paper.methods)
+    assert training.max_length >= 2 * paper.max_new_tokens
 
 
 # ---- statistics ----------------------------------------------------------------------------------------------------
@@ -517,6 +527,61 @@ def test_a_run_under_a_reward_model_and_under_another_in_its_place(command, tmp_
     assert second["judge"] != first["judge"] and second["comparisons"] != first["comparisons"]
 
 
+def test_answers_before_a_judge_fails_are_kept(command, monkeypatch):
+    run, out = command
+    monkeypatch.setattr(win_rates, "JUDGED_AT_A_TIME", 4)
+    monkeypatch.setattr(judges, "QUESTIONS_AT_A_TIME", 1)  # in order
+    options = ("--methods", "dpo", "--num_seeds", "1", "--judge_model", "m", "--judge")
+    questions, limit = [], None
+
+    def dying(message):
+        if len(questions) == limit:
+            return 503
+        questions.append(message)
+        return more_e(message)
+
+    with endpoint(dying) as (url, _):
+        whole = run(*options, url)
+        start, *needed = questions
+        for path in out.glob("stages/*.json"):
+            if "replies" not in path.name:  # what the judge said
+                path.unlink()
+        questions.clear()
+        limit = len(needed) // 2
+        with pytest.raises(ConnectionError, match="503"):
+            run(*options, url)
+        first = questions.copy()
+        questions.clear()
+        limit = None
+        assert run(*options, url) == whole
+    assert first == [start, *needed[: len(first) - 1]]
+    assert questions[0] == start and needed[-len(questions) + 1 :] == questions[1:]
+    again = len(first) - 1 + len(questions) - 1 - len(needed)
+    assert 0 <= again < 2 * 4 < len(first)  # of the chunk that failed, each pair in both orders
+
+
+def test_a_run_of_the_papers_kind(command, tmp_path, monkeypatch):
+    _, out = command
+    for split, numbers in (("train", "one two three cat dog"), ("test", "sky sea up")):
+        (tmp_path / "hh").mkdir(exist_ok=True)
+        starts = [f"{HUMAN}{a} {b}{ASSISTANT}yes{HUMAN}{b}{ASSISTANT}" for a in numbers.split() for b in ("red", "no")]
+        rows = [{"chosen": start + "good", "rejected": start + "bad"} for start in starts]
+        write_jsonl(tmp_path / "hh" / f"{split}.jsonl", rows)
+    options = {"model": tmp_path / "model", "dataset": tmp_path / "hh", "judge": reward_folder(tmp_path / "reward")}
+    options |= {"output_dir": out, "train_prompts": 8, "eval_prompts": 4, "max_new_tokens": 12, "num_seeds": 1}
+    options |= {"lora_rank": 2, "bf16": False, "use_cpu": True, "disable_tqdm": True}
+    given = [f"--{name}={value}" for name, value in options.items()]
+    monkeypatch.setattr(sys, "argv", ["win_rates.py", "--config", PAPER, *given])
+    win_rates.main()
+    results = json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results["pairs"]["pairs"] > 0
+    places = {(row["place"], row["temperature"]) for row in results["comparisons"]}
+    assert places == {("prompts held out", t) for t in (0.25, 0.5, 0.75, 1.0, "all")}
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--system_prompt", "be good"])
+    with pytest.raises(TemplateError, match="no system turn; leave system_prompt out"):
+        win_rates.main()
+
+
 def test_a_corrupt_adapter_or_stage_stops_the_run(command):
     run, out = command
     with endpoint(more_e) as (url, _):
@@ -534,8 +599,9 @@ def test_a_corrupt_adapter_or_stage_stops_the_run(command):
             run(*judge)
 
 
-def test_several_processes_are_refused(command, monkeypatch):
+@pytest.mark.parametrize("several", ["world_size", "n_gpu"])
+def test_several_processes_or_gpus_are_refused(command, monkeypatch, several):
     run, _ = command
-    monkeypatch.setattr(type(win_rates.parse_arguments([])[1]), "world_size", property(lambda self: 2))
-    with pytest.raises(ValueError, match="one process"):
+    monkeypatch.setattr(type(win_rates.parse_arguments([])[1]), several, property(lambda self: 2))
+    with pytest.raises(ValueError, match="one process on one GPU"):
         run()
