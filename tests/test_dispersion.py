@@ -19,6 +19,7 @@ from mallowspo import reference
 from mallowspo.dispersion import (
     AGREEMENT_CEILING,
     agreement_to_neg_log_dispersion,
+    answer_log_odds,
     calibrated_scale,
     fingerprint,
     fit_log_odds,
@@ -132,6 +133,34 @@ def test_fitted_line_beats_its_neighbours():
 def test_bad_opinions(log_odds, agreement, message):
     with pytest.raises(ValueError, match=message):
         fit_log_odds(log_odds, agreement)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@given(
+    questions=st.lists(st.lists(st.integers(3, 19), min_size=1, max_size=6), min_size=1, max_size=5),
+    answers=st.lists(st.integers(3, 19), min_size=2, max_size=2, unique=True),
+    batch_size=st.integers(1, 3),
+)
+def test_answers_are_compared_as_next_tokens(model_type, questions, answers, batch_size):
+    model, done = tiny_model(model_type).eval(), []
+    expected = torch.empty(len(questions))
+    for i, question in enumerate(questions):
+        with torch.no_grad():
+            logps = model(torch.tensor([question])).logits[0, -1].double().log_softmax(-1)
+        expected[i] = logps[answers[0]] - logps[answers[1]]
+    found = answer_log_odds(model.train(), questions, answers, batch_size, done.append)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(answer_log_odds(model, questions, answers[::-1]), -expected, rtol=1e-4, atol=1e-5)
+    assert model.training and sum(done) == len(questions) and max(done) <= batch_size
+
+
+@pytest.mark.parametrize(
+    ("questions", "answers", "message"),
+    [([[5]], [7, 7], "begin with the same token, 7"), ([[5], []], [7, 8], "question 1 has no tokens")],
+)
+def test_questions_without_an_answer(questions, answers, message):
+    with pytest.raises(ValueError, match=message):
+        answer_log_odds(tiny_model(), questions, answers)
 
 
 def test_log_odds_that_cannot_be_a_dispersion():

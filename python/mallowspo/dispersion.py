@@ -6,7 +6,7 @@ a = -log phi >= 0 throughout. Three sources, all before the scale:
 - ``agreement``: the share s of annotators who chose the chosen response, through the inverse of the link at a rank
   difference of one (:func:`agreement_to_neg_log_dispersion`);
 - ``neg_log_dispersion``: given as it is, for instance made from a judging model's preference
-  (:func:`log_odds_to_neg_log_dispersion`).
+  (:func:`answer_log_odds`, :func:`log_odds_to_neg_log_dispersion`).
 """
 
 import json
@@ -20,7 +20,9 @@ from safetensors.torch import load, save
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from mallowspo import functional as F
+from mallowspo.collator import pad
 from mallowspo.files import write_whole
+from mallowspo.modeling import attach_token_stats, evaluating, sequence_stats
 
 # An agreement of 1 would mean a = infinity; a panel cannot tell more than this anyway.
 AGREEMENT_CEILING = 0.99
@@ -46,6 +48,46 @@ def agreement_to_neg_log_dispersion(agreement, link):
         raise ValueError(f"agreement must be in (0.5, 1], got {agreement[bad][0]} at index {int(np.argmax(bad))}")
     share = np.minimum(agreement, AGREEMENT_CEILING)
     return log_odds_to_neg_log_dispersion(np.log(share) - np.log1p(-share), link)
+
+
+@torch.no_grad()
+def answer_log_odds(model, questions, answers, batch_size=16, done=None):
+    """What a model answers to a question with two answers: log p(first) - log p(second) of the next token.
+
+    Ask it of each response what the annotators were asked: the difference between the two responses of a pair is the
+    log-odds of :func:`log_odds_to_neg_log_dispersion`.
+
+    Args:
+        model: a causal LM; its head learns to score single tokens (``modeling.attach_token_stats``).
+        questions: n lists of token ids, none empty. answers: the two answers' first token ids, different ones.
+        batch_size: questions at a time, the longest first. done: called with the number of questions after each batch.
+
+    Returns:
+        [n] float32 tensor on the CPU. Raises ValueError for equal answers or an empty question.
+    """
+    first, second = answers
+    if first == second:
+        raise ValueError(
+            f"the answers begin with the same token, {first}, so they cannot be told apart; choose others"
+        )
+    if not all(map(len, questions)):
+        raise ValueError(f"question {[len(ids) for ids in questions].index(0)} has no tokens; leave it out")
+    attach_token_stats(model)
+    order = sorted(range(len(questions)), key=lambda i: -len(questions[i]))
+    odds = torch.empty(len(questions))
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = pad([list(questions[i]) for i in rows], [([first],)] * len(rows), pad_token_id=0)
+            # Both answers are scored where the first one is predicted.
+            batch["target_index"] = batch["target_index"].repeat(2)
+            batch["target_ids"] = torch.tensor(answers).repeat_interleave(len(rows))
+            batch["num_tokens"] = torch.ones(2 * len(rows), dtype=torch.int64)
+            logps = sequence_stats(model, {name: values.to(model.device) for name, values in batch.items()}).logps
+            odds[rows] = (logps[: len(rows)] - logps[len(rows) :]).cpu()
+            if done is not None:
+                done(len(rows))
+    return odds
 
 
 def log_odds_to_neg_log_dispersion(log_odds, link, *, offset=0.0, slope=1.0):

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from mallowspo import functional as F
 from mallowspo.collator import pad
-from mallowspo.dispersion import load_cache, save_cache
+from mallowspo.dispersion import answer_log_odds, load_cache, save_cache
 from mallowspo.modeling import attach_token_stats, evaluating
 from models import model_key
 
@@ -68,24 +68,6 @@ def sentence_stats(model, prompts, texts, batch_size, done=None):
     }
 
 
-def answer_log_odds(model, questions, answers, batch_size, done=None):
-    """{"odds": [n] float32}: log p(first answer) - log p(second answer) as the next token after each question.
-
-    Args:
-        model, batch_size, done: as of :func:`sentence_stats`. questions: n lists of token ids.
-        answers: the two token ids.
-    """
-    odds = torch.empty(len(questions))
-    for indices, batch in _batches(model, questions, [[list(answers[:1])]] * len(questions), batch_size, done):
-        last = _hidden_states(model, batch)[batch["target_index"]]
-        logps = [
-            model.get_output_embeddings()(last, target_ids=torch.full_like(batch["target_ids"], answer)).logps
-            for answer in answers
-        ]
-        odds[indices] = (logps[0] - logps[1]).float().cpu()
-    return {"odds": odds}
-
-
 def _batches(model, prompts, responses, size, done):
     """(indices, batch) from the longest sequences to the shortest, so that little is padding."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - len(responses[i][0]))
@@ -122,12 +104,13 @@ class _Reader:
         return self._cached(name, sentence_stats, prompts, [self._continue(text) for text in texts])
 
     def ask(self, name, questions, answers):
-        """:func:`answer_log_odds`; ValueError for answers that begin with the same token."""
-        first, second = (self._continue(answer)[0] for answer in answers)
-        if first == second:
-            raise ValueError(f"the answers {answers} begin with the same token, so they cannot be told apart")
-        questions = [self._begin(text) for text in questions]
-        return self._cached(name, answer_log_odds, questions, (first, second))["odds"]
+        """``answer_log_odds`` of texts."""
+
+        def odds(*inputs):
+            return {"odds": answer_log_odds(*inputs)}
+
+        answers = tuple(self._continue(answer)[0] for answer in answers)
+        return self._cached(name, odds, [self._begin(text) for text in questions], answers)["odds"]
 
     def _begin(self, text):
         return self.tokenizer(text)["input_ids"]  # with a BOS where the tokenizer has one

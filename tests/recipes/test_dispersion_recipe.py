@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from load_recipe import RECIPES, import_recipe, tar_of
 
-from mallowspo.modeling import attach_token_stats
+from mallowspo.modeling import attach_token_stats, sequence_stats
 
 data, indices, preference, report, run, reviews = import_recipe(
     "dispersion", "data", "indices", "preference", "report", "run", "reviews"
@@ -156,15 +156,6 @@ def test_sentence_stats_are_those_of_the_logits(language_model):
         assert found["tokens"][i] == len(text)
         hidden = output.hidden_states[-1][0, len(prompt) :].mean(0)
         torch.testing.assert_close(found["features"][i], hidden, rtol=1e-3, atol=1e-5)
-
-
-@torch.no_grad()
-def test_answers_are_compared_as_next_tokens(language_model):
-    questions = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
-    found = indices.answer_log_odds(language_model, questions, [20, 30], 2)["odds"]
-    for i, question in enumerate(questions):
-        logits = language_model(torch.tensor([question])).logits[0, -1]
-        assert found[i] == pytest.approx((logits[20] - logits[30]).item(), abs=1e-4)
 
 
 def test_indices_are_their_formulas():
@@ -358,6 +349,8 @@ def test_options():
         run.parse_arguments(["--seeds", "1"])
     with pytest.raises(ValueError, match="pairs_per_domain must be at least 5"):
         run.parse_arguments(["--pairs_per_domain", "4"])
+    paper = run.parse_arguments(["--config", str(RECIPES / "dispersion" / "paper.yaml")])
+    assert (paper.model, paper.dtype) == ("EleutherAI/pythia-2.8b", "bfloat16")
 
 
 @pytest.fixture
@@ -407,18 +400,26 @@ def test_a_whole_run_and_its_cache(tmp_path, monkeypatch, small_options):
         run.main(small_options)
 
 
+def watch_batches(monkeypatch, see):
+    """Shows every batch that the model is about to read."""
+
+    def watched(read):
+        return lambda model, batch: (see(batch), read(model, batch))[1]
+
+    monkeypatch.setattr(indices, "_hidden_states", watched(indices._hidden_states))
+    monkeypatch.setattr("mallowspo.dispersion.sequence_stats", watched(sequence_stats))
+
+
 def test_an_interrupted_stage_is_done_again_and_no_other(tmp_path, monkeypatch, small_options):
     """Two domains of seven passes are through when the process dies in the middle of the third one's second."""
-    real, passes = indices._hidden_states, 4 * 7  # one batch each
-    calls = []
+    passes, calls = 4 * 7, []  # one batch each
 
-    def counted(model, batch):
+    def count(batch):
         calls.append(len(batch["input_ids"]))
         if len(calls) == 16:
             raise KeyboardInterrupt
-        return real(model, batch)
 
-    monkeypatch.setattr(indices, "_hidden_states", counted)
+    watch_batches(monkeypatch, count)
     with pytest.raises(KeyboardInterrupt):
         run.main(small_options)
     cache = tmp_path / "out" / "cache"
@@ -435,11 +436,11 @@ def test_what_begins_a_sequence_has_the_tokenizers_bos(tmp_path, monkeypatch, la
         return {"input_ids": [7] * add_special_tokens + tiny_tokenizer(text, add_special_tokens=False)["input_ids"]}
 
     read = []
-    real = indices._hidden_states
-    monkeypatch.setattr(indices, "_hidden_states", lambda m, batch: read.append(batch["input_ids"]) or real(m, batch))
+    watch_batches(monkeypatch, lambda batch: read.append(batch["input_ids"]))
     reader = indices._Reader(language_model, with_bos, tmp_path, 4, indices.tqdm(disable=True))
     reader.write("write", "a:", ["good", "bad"])
     reader.ask("ask", ["good?", "bad?"], ("yes", "no"))
+    assert len(read) == 2
     for batch in read:
         assert (batch == 7).sum(1).tolist() == [1, 1] and (batch[:, 0] == 7).all()
 
@@ -450,10 +451,16 @@ def test_answers_with_one_first_token_are_refused(tmp_path, language_model, tiny
         indices.read_with_model(language_model, tiny_tokenizer, [pair], tmp_path, 4)
 
 
-def test_the_code_of_the_page_runs():
+def test_the_code_of_the_page_runs(tmp_path, tiny_model, tiny_tokenizer):
     (block,) = re.findall(r"^```python\n(.*?)^```", (RECIPES / "dispersion" / "README.md").read_text(), re.M | re.S)
-    namespace = {}
-    exec(compile(block, "README.md", "exec"), namespace)
-    offset, slope = namespace["offset"], namespace["slope"]
-    expected = [(offset + slope * size) / 2 for size in (2.1, 0.3, 0.8, 1.5)]
-    assert slope > 0 and namespace["pairs"]["neg_log_dispersion"][:] == pytest.approx(expected)
+    tiny_model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    words = '[" positive", " negative"]'
+    assert words in block
+    namespace = {"NAME": tmp_path}
+    exec(
+        compile(block.replace(words, '["p", "n"]'), "README.md", "exec"), namespace
+    )  # a token each for the tiny model
+    offset, slope, odds = (namespace[name] for name in ("offset", "slope", "log_odds"))
+    expected = [max(0, offset + slope * abs(value)) / 2 for value in odds]
+    assert len(set(odds)) == 4 and namespace["pairs"]["neg_log_dispersion"][:] == pytest.approx(expected)
