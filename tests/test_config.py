@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import cache_files, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
+from tiny import WORDS, cache_files, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
 from transformers import HfArgumentParser, TrainingArguments
 
 from mallowspo import MallowsConfig, presets
@@ -68,6 +68,7 @@ TABLE = {
     "token_decay": (0.9, MEASURED, losses),
     "ld_alpha": (0.5, MEASURED, losses),
     "bridge_delta": (2.0, MEASURED, losses),
+    "diff_stop_words": (WORDS[4:], {"bridge_delta": 2.0, **MEASURED}, losses),
     "own_token_weights": (True, {"bridge_delta": 99.0, **MEASURED}, losses),
     "reference_weights": ([0.3, 0.7], MIXED, losses),
     "reference_clip": (0.01, MIXED, losses),
@@ -157,6 +158,8 @@ REFUSED = [
     ({"dispersion_source": "votes"}, "unknown dispersion_source 'votes'.*neg_log_dispersion, agreement, entropy"),
     ({"loss_type": "dpo", "dispersion_source": "entropy"}, "'dpo' uses no dispersion"),
     ({"loss_type": "ipo", "dispersion_scale": 0.3}, "'ipo' uses no dispersion"),
+    ({"loss_type": "dpo", "diff_stop_words": ["the"]}, "diff_stop_words is for bmc, loss_type is 'dpo'"),
+    ({"loss_type": "bmc", "diff_stop_words": "the"}, "diff_stop_words must be a list of words, got 'the'"),
     ({"label_smoothing_factor": 0.1}, "smooths token labels, not preferences; set label_smoothing"),
     ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
 ]

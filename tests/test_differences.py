@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import tiny_pairs, tiny_tokenizer
 
 from mallowspo.collator import PreferenceCollator
-from mallowspo.data import DIFF_COLUMNS, diff_masks, mark_differences, scored_tokens, tokenize_pairs
+from mallowspo.data import DIFF_COLUMNS, diff_masks, mark_differences, scored_tokens, stop_word_ids, tokenize_pairs
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,17 @@ from mallowspo.data import DIFF_COLUMNS, diff_masks, mark_differences, scored_to
 def test_masks_by_hand(chosen, rejected, expected):
     found = diff_masks(chosen, rejected)
     assert tuple("".join("x" if differs else "." for differs in mask) for mask in found) == expected
+
+
+def test_stop_words_do_not_differ():
+    assert diff_masks([1, 9, 8, 2], [1, 7, 2, 6], {8, 6}) == ([False, True, False, False], [False, True, False, False])
+
+
+def test_stop_words_are_single_known_tokens():
+    tokenizer = tiny_tokenizer()
+    known = stop_word_ids(tokenizer, ["red", "nowhere", "cat sky"])
+    assert known == {tokenizer("red", add_special_tokens=False)["input_ids"][0]}
+    assert stop_word_ids(tokenizer, []) == set()
 
 
 IDS = st.lists(st.integers(0, 5), min_size=1, max_size=12)
@@ -53,12 +64,14 @@ def test_a_token_that_is_frequent_in_a_long_response_still_matches():
 
 def test_the_columns_of_a_data_set():
     rows = tokenize_pairs(tiny_pairs(6), tiny_tokenizer())
-    marked = mark_differences(rows)
-    assert set(marked.column_names) == {*rows.column_names, *DIFF_COLUMNS}
-    for row in marked.to_list():
-        expected = diff_masks(row["chosen_ids"], row["rejected_ids"])
-        assert (row["chosen_differs"], row["rejected_differs"]) == expected
-        assert any(expected[0] + expected[1])
+    stop_ids = {rows["chosen_ids"][0][0]}
+    for stops in ((), stop_ids):
+        marked = mark_differences(rows, stops)
+        assert set(marked.column_names) == {*rows.column_names, *DIFF_COLUMNS}
+        for row in marked.to_list():
+            expected = diff_masks(row["chosen_ids"], row["rejected_ids"], stops)
+            assert (row["chosen_differs"], row["rejected_differs"]) == expected
+            assert any(expected[0] + expected[1])
 
 
 ROW = st.fixed_dictionaries(

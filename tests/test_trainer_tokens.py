@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
-from tiny import cache_files, lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
+from tiny import WORDS, cache_files, lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
 
 from mallowspo import objective, reference
 from mallowspo.collator import PreferenceCollator
@@ -86,6 +86,20 @@ def test_scores_are_those_of_the_plain_formulas(tmp_path, name):
         assert scores["ref_rejected_logps"][i] == pytest.approx(sum(ref[len(rows) + i]), rel=1e-5)
     plain = trainer_of(tmp_path, "dpo", train_dataset=data).score(data)["losses"]
     assert np.abs(scores["losses"] - plain).max() > 1e-3
+
+
+def test_where_every_word_is_a_stop_word_bmc_is_dpo(tmp_path):
+    data = tiny_pairs(6)
+    plain, one, every = (
+        trainer_of(tmp_path, name, train_dataset=data, **options).score(data)["losses"]
+        for name, options in (
+            ("dpo", {}),
+            ("bmc", {"diff_stop_words": WORDS[4:5]}),
+            ("bmc", {"diff_stop_words": WORDS[4:]}),
+        )
+    )
+    np.testing.assert_allclose(every, plain, rtol=1e-6)
+    assert np.abs(one - plain).max() > 1e-3
 
 
 def test_several_references_are_their_mixture(tmp_path):

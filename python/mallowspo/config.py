@@ -58,6 +58,8 @@ class MallowsConfig(ObjectiveArguments, TrainingArguments):
         sft_weight, token_decay, ld_alpha, bridge_delta, own_token_weights, reference_weights, reference_clip,
         adaptive_clip, swap_reference_weights: override the preset's field of that name, see
             :class:`mallowspo.PreferenceObjective`; None keeps it.
+        diff_stop_words: words whose tokens never count as differing between the responses, for bmc. Its authors' code
+            leaves out NLTK's English stop words (``nltk.corpus.stopwords.words("english")``); None: no words.
 
     Parameters that control the dispersion (read where the preset's link begins with ``mallows-``):
         dispersion_source: "neg_log_dispersion" or "agreement" (a column of the data), or "entropy" (of the reference
@@ -105,6 +107,9 @@ class MallowsConfig(ObjectiveArguments, TrainingArguments):
     )
     bridge_delta: float | None = field(
         default=None, metadata={"help": "Bound of a differing token's weight, bmc; None: the preset's."}
+    )
+    diff_stop_words: list[str] | None = field(
+        default=None, metadata={"help": "Words that never count as differing, bmc; its authors': NLTK's for English."}
     )
     own_token_weights: bool | None = field(
         default=None, metadata={"help": "The reference draws and weighs for itself, sampo, bmc; None: the preset's."}
@@ -161,6 +166,10 @@ class MallowsConfig(ObjectiveArguments, TrainingArguments):
             )
         if self.share_prompt and self.pad_to_multiple_of is not None:
             raise ValueError("share_prompt packs batches without padding; leave pad_to_multiple_of out")
+        if self.diff_stop_words is not None and not self.objective().bridge_delta:
+            raise ValueError(f"diff_stop_words is for bmc, loss_type is {self.loss_type!r}; leave one of them out")
+        if isinstance(self.diff_stop_words, str):
+            raise ValueError(f"diff_stop_words must be a list of words, got {self.diff_stop_words!r}")
         check_dispersion(self, default_scale="auto")
 
 

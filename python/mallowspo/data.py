@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 from collections import Counter
+from collections.abc import Collection, Iterable
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -282,30 +283,41 @@ def scored_tokens(dataset: Dataset) -> dict[str, list[int]]:
 # ---- which tokens of a pair differ ---------------------------------------------------------------------------------
 
 
-def mark_differences(dataset: Dataset, num_proc: int | None = None) -> Dataset:
+def mark_differences(dataset: Dataset, stop_ids: Iterable[int] = (), num_proc: int | None = None) -> Dataset:
     """Adds `DIFF_COLUMNS`, the masks of `diff_masks`, to a data set of `tokenize_pairs`."""
     features = dataset.features.copy() | {name: List(Value("bool")) for name in DIFF_COLUMNS}
     return dataset.map(
         _mark_row,
-        fn_kwargs={"revision": _REVISION},
+        fn_kwargs={"stop_ids": sorted(stop_ids), "revision": _REVISION},
         features=Features(features),
         num_proc=num_proc,
         desc="Comparing the responses of each pair",
     )
 
 
-def _mark_row(row: dict[str, Any], revision: int) -> dict[str, list[bool]]:
-    return dict(zip(DIFF_COLUMNS, diff_masks(row["chosen_ids"], row["rejected_ids"]), strict=True))
+def _mark_row(row: dict[str, Any], stop_ids: list[int], revision: int) -> dict[str, list[bool]]:
+    return dict(zip(DIFF_COLUMNS, diff_masks(row["chosen_ids"], row["rejected_ids"], stop_ids), strict=True))
 
 
-def diff_masks(chosen_ids: list[int], rejected_ids: list[int]) -> tuple[list[bool], list[bool]]:
+def stop_word_ids(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> set[int]:
+    """Ids of the words that are one known token, as they are and capitalised, with a space before and without."""
+    forms = [space + form for word in words for form in (word, word.capitalize()) for space in ("", " ")]
+    encoded = tokenizer(forms, add_special_tokens=False)["input_ids"] if forms else []
+    return {ids[0] for ids in encoded if len(ids) == 1} - {tokenizer.unk_token_id}
+
+
+def diff_masks(
+    chosen_ids: list[int], rejected_ids: list[int], stop_ids: Collection[int] = ()
+) -> tuple[list[bool], list[bool]]:
     """Which tokens of each of two responses an edit of the rejected into the chosen one touches (BMC's diff).
 
-    The edit is that of `difflib.SequenceMatcher`, as in the authors' code, but of the responses alone, with stop words
-    like any other token, and without its heuristic for frequent elements, which sets in at a length of 200.
+    The edit is that of `difflib.SequenceMatcher`, as in the authors' code, but of the responses alone, and without its
+    heuristic for frequent elements, which sets in at a length of 200.
 
     Args:
         chosen_ids, rejected_ids: Token ids.
+        stop_ids: Tokens that never count as different; in the authors' code NLTK's English stop words, of
+            :func:`stop_word_ids`.
 
     Returns:
         Masks of the chosen response (tokens replaced or inserted) and the rejected one (replaced or deleted).
@@ -314,6 +326,6 @@ def diff_masks(chosen_ids: list[int], rejected_ids: list[int]) -> tuple[list[boo
     edit = SequenceMatcher(None, rejected_ids, chosen_ids, autojunk=False).get_opcodes()
     for tag, *ends in edit:
         if tag != "equal":
-            for mask, start, end in ((rejected, *ends[:2]), (chosen, *ends[2:])):
-                mask[start:end] = [True] * (end - start)
+            for mask, ids, start, end in ((rejected, rejected_ids, *ends[:2]), (chosen, chosen_ids, *ends[2:])):
+                mask[start:end] = [token not in stop_ids for token in ids[start:end]]
     return chosen, rejected

@@ -326,7 +326,7 @@ FAMILY = {
         "Bridging and Modeling Correlations in Pairwise Data, arXiv 2408.07471",
         certainty="formula and delta as in the authors' code, but for three things: one weight for policy and "
         "reference (own_token_weights=True: the reference by its own, as that code does), no stop words left out "
-        "of the difference, and the difference of the responses alone",
+        "of the difference (diff_stop_words of MallowsConfig: those given), and the difference of the responses alone",
         formula="-log sigmoid(z), r(y) = sum over t of w_t [log pi(y^t) - log ref(y^t)], w_t = 1 where the responses "
         "agree, 1 + min(1 / pi(y^t), bridge_delta) where they differ, without a gradient of its own",
         when="The chosen response is an edit of the rejected one, as a model makes it on request.",

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from mallowspo import functional as F
 from mallowspo.collator import PreferenceCollator
 from mallowspo.config import MallowsConfig
-from mallowspo.data import PAIR_COLUMNS, mark_differences, tokenize_pairs
+from mallowspo.data import PAIR_COLUMNS, mark_differences, stop_word_ids, tokenize_pairs
 from mallowspo.dispersion import agreement_to_neg_log_dispersion, calibrated_scale
 from mallowspo.distributed import DistributedTrainer
 from mallowspo.metrics import Means, pair_metrics
@@ -157,7 +157,8 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
             dataset = dataset.remove_columns([column for column in PAIR_COLUMNS if column in dataset.column_names])
             dataset = dataset.add_column("neg_log_dispersion", values)
         if self.objective.bridge_delta:
-            dataset = mark_differences(dataset, num_proc=self.args.dataset_num_proc)
+            stop_ids = stop_word_ids(self.processing_class, self.args.diff_stop_words or ())
+            dataset = mark_differences(dataset, stop_ids, num_proc=self.args.dataset_num_proc)
         return dataset
 
     def _prepared(self, dataset):
