@@ -61,6 +61,12 @@ def test_it_is_the_formula_and_its_corners_are_exact(current, previous, alpha):
     expected = [(1 + alpha) * c - alpha * p for c, p in zip(current.tolist(), previous.tolist(), strict=True)]
     assert extrapolated(current, previous, alpha).tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert torch.equal(extrapolated(current, previous, 0), current)
+    losses = []
+    for ref in (extrapolated(current, previous, 0), current):  # the loss at alpha 0, and iterative DPO's
+        policy = previous.clone().requires_grad_()
+        loss = F.preference_loss(*policy.chunk(2), *ref.chunk(2), link="bradley-terry", beta=0.1).losses
+        losses.append((loss.detach(), *torch.autograd.grad(loss.sum(), policy)))
+    assert all(map(torch.equal, *losses))
     assert torch.equal(extrapolated(current, current, alpha), current)
 
 

@@ -156,7 +156,10 @@ REFUSED = [
     ({"dispersion_scale": "large"}, "dispersion_scale must be 'auto' or a number, got 'large'"),
     ({"dispersion_scale": None}, "dispersion_scale must be 'auto' or a number, got None"),
     ({"dispersion_source": "votes"}, "unknown dispersion_source 'votes'.*neg_log_dispersion, agreement, entropy"),
-    ({"loss_type": "dpo", "dispersion_source": "entropy"}, "'dpo' uses no dispersion"),
+    (
+        {"loss_type": "dpo", "dispersion_source": "entropy"},
+        "'dpo' uses no .* out dispersion_source and dispersion_scale",
+    ),
     ({"loss_type": "ipo", "dispersion_scale": 0.3}, "'ipo' uses no dispersion"),
     ({"loss_type": "dpo", "diff_stop_words": ["the"]}, "diff_stop_words is for bmc, loss_type is 'dpo'"),
     ({"loss_type": "bmc", "diff_stop_words": "the"}, "diff_stop_words must be a list of words, got 'the'"),

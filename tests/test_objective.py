@@ -7,6 +7,8 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import sigmoid
 from torch.nn.functional import logsigmoid, relu, softplus
 
@@ -226,26 +228,54 @@ def assert_same(one, two, arguments=None, rtol=1e-12):
     torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-13)
 
 
-def test_corners_of_rainbowpo():
-    logps, num_tokens, ref_logps, a = batch()
+seeds, betas, constants = st.integers(0, 2**32 - 1), st.floats(0.02, 10), st.floats(0.05, 3)
+
+
+@settings(max_examples=30)
+@given(seeds, betas, st.floats(0, 2))
+def test_corners_of_rainbowpo(seed, beta, gamma):
+    logps, num_tokens, ref_logps, a = batch(seed)
     half = logps, num_tokens, ref_logps, torch.full_like(a, 0.5)  # the factor 2a is 1
-    for beta in (2.0, 10.0):
-        rainbow = preset("rainbowpo", beta=beta)
-        assert_same(dataclasses.replace(rainbow, reference_mixing=0.0), preset("simpo", beta=beta), half)
-        assert_same(dataclasses.replace(rainbow, reference_mixing=1.0), preset("ln-dpo", beta=beta), half)
-        assert_same(dataclasses.replace(rainbow, reference_mixing=0.0), preset("mallows-simpo", beta=beta))
-        plain = dataclasses.replace(rainbow, reference_mixing=1.0, token_weights="uniform")
-        assert_same(plain, preset("mallows-theta", beta=beta))
+    rainbow = preset("rainbowpo", beta=beta, gamma=gamma)
+    free = dataclasses.replace(rainbow, reference_mixing=0.0)
+    assert_same(free, preset("simpo", beta=beta, gamma=gamma), half)
+    assert_same(free, preset("mallows-simpo", beta=beta, gamma=gamma), batch(seed))
+    full = dataclasses.replace(rainbow, reference_mixing=1.0)
+    assert_same(full, preset("ln-dpo", beta=beta), half)
+    assert_same(dataclasses.replace(full, token_weights="uniform"), preset("mallows-theta", beta=beta), batch(seed))
 
 
-@pytest.mark.parametrize("name", ["mallows-theta", "mallows-ipo", "mallows-hinge", "mallows-simpo"])
-def test_constant_dispersion_makes_a_mallows_preset_its_host(name):
-    logps, num_tokens, ref_logps, a = batch()
-    host = {"mallows-theta": "dpo"}.get(name, name.removeprefix("mallows-"))
-    assert_same(preset(name), preset(host), (logps, num_tokens, ref_logps, torch.full_like(a, 0.5)))
-    beta, gamma = preset(host).beta, preset(host).gamma
-    scaled = preset(host, beta=3 * beta, gamma=3 * gamma)
-    assert_same(preset(name), scaled, (logps, num_tokens, ref_logps, torch.full_like(a, 1.5)))
+HOSTS = {
+    "mallows-theta": preset("dpo"),
+    "mallows-ipo": preset("ipo"),
+    "mallows-hinge": preset("hinge"),
+    "mallows-exo": preset("exo-pair"),
+    "mallows-discopop": preset("discopop"),
+    "mallows-simpo": preset("simpo"),
+    "rainbowpo": dataclasses.replace(preset("rainbowpo"), link="bradley-terry"),
+}
+
+
+def test_every_factor_on_a_margin_has_its_host():
+    mallows = {name for name in presets() if preset(name).uses_dispersion}
+    assert mallows == {*HOSTS, "mallows-phi"}  # phi is no factor: its limits are test_mallows_log_prob.py's
+
+
+@pytest.mark.parametrize("name", HOSTS)
+@settings(max_examples=20)
+@given(seeds, betas, constants)
+def test_constant_dispersion_makes_a_mallows_preset_its_host(name, seed, beta, a):
+    logps, num_tokens, ref_logps, _ = batch(seed)
+    arguments = logps, num_tokens, ref_logps, torch.full((B,), a, dtype=torch.float64)
+    gamma = preset(name).gamma
+    host = dataclasses.replace(HOSTS[name], beta=2 * a * beta, gamma=2 * a * gamma)
+    assert_same(preset(name, beta=beta), host, arguments, rtol=1e-9)
+
+
+@settings(max_examples=30)
+@given(seeds, st.sampled_from(["dpo", "mallows-theta", "mallows-phi"]), st.floats(1e-14, 1e-10))
+def test_focal_at_0_is_its_host(seed, host, gamma):
+    assert_same(preset(host, focal_gamma=gamma), preset(host), batch(seed), rtol=1e-7)
 
 
 def test_limits_are_dpo():
@@ -291,6 +321,69 @@ def test_rainbowpo_by_hand():
     loss = preset("rainbowpo")(logps, num_tokens, 2 * logps, torch.tensor([1.0]))
     torch.testing.assert_close(loss.losses, torch.tensor([math.log1p(math.exp(-8.5))]))
     torch.testing.assert_close(loss.chosen_rewards, torch.tensor([-5.0]))  # 10 (-1 - -2/4)
+
+
+def test_every_preset_by_hand():
+    """Three tokens each. Chosen: log pi -1 -1 -1, log ref -2 -1 -1. Rejected: -1 -2 -2 and -1 -1 -1. Log-ratios 1
+    and -2, the margin 3, z = 0.3 at beta 0.1; means a token 1/3 and -2/3, the margin 1. a = 1 doubles a margin."""
+    L = lambda x: math.log1p(math.exp(-x))  # noqa: E731
+    sig, e = (lambda x: 1 / (1 + math.exp(-x))), math.exp
+
+    def exo(x):
+        return sig(x) * (math.log(sig(x)) - math.log(0.999)) + sig(-x) * (math.log(sig(-x)) - math.log(0.001))
+
+    def discopop(x):
+        return L(x) * sig(-x / 0.05) + e(-x) * sig(x / 0.05)
+
+    # phi's cubic, of the value g(1) = 1 / (1 + 1/e) and the slope there, s(2) - s(1) of s(u) = d/du u / (1 - e^-u)
+    rise, (s_1, s_2) = sig(1) - 0.5, ((1 - (1 + u) * e(-u)) / (1 - e(-u)) ** 2 for u in (1, 2))
+    slope = s_2 - s_1
+
+    expected = {
+        "dpo": L(0.3),
+        "cdpo": 0.9 * L(0.3) + 0.1 * L(-0.3),
+        "robust-dpo": (0.9 * L(0.3) - 0.1 * L(-0.3)) / 0.8,
+        "ipo": (0.1 - 0.5) ** 2,
+        "hinge": 0.7,
+        "simpo": L(2 * (5 / 3 - 1) - 1),
+        "ln-dpo": L(10),
+        "exo-pair": exo(0.3),
+        "discopop": discopop(0.3),
+        "sppo-hard": (0.1 - 0.5) ** 2 + (-0.2 + 0.5) ** 2,
+        "nca-pair": L(0.1) + L(-0.1) / 2 + L(0.2) / 2,
+        "bco-pair": L(0.1) + L(0.2),
+        "apo-zero": 1 - sig(0.1) + sig(-0.2),
+        "apo-down": sig(0.1) + 1 - sig(0.3),
+        "mallows-theta": L(0.6),
+        "mallows-phi": -math.log(0.5 + (3 * rise - slope) / 2 * 0.3 + (slope - rise) / 2 * 0.3**3),
+        "mallows-ipo": (0.2 - 0.5) ** 2,
+        "mallows-hinge": 0.4,
+        "mallows-exo": exo(0.6),
+        "mallows-discopop": discopop(0.6),
+        "mallows-simpo": L(2 * (2 * (5 / 3 - 1) - 1)),
+        "rainbowpo": L(2 * (10 * (2 / 3 + 1 / 12) - 0.75)),
+        "focal": sig(0.3) ** 0.05 * L(0.3),
+        "minor": L(0.1),
+        "forward-kl": L(0.1 * ((1 - e(-1)) - (1 - e(2)))),
+        "js": L(0.1 * (math.log(2 * sig(1)) - math.log(2 * sig(-2)))),
+        "alpha": L(0.1 * ((2 - 2 * e(-0.5)) - (2 - 2 * e(1)))),
+        "aot": L(0.3),  # of one pair
+        "aot-unpaired": L(0.3),
+        "wpo": e(0 - 1) * L(0.3),  # sums of log sum p^2: -3 and -2
+    }
+    assert {*expected, *ELSEWHERE} == set(presets())
+    logps, ref_logps, num_tokens = torch.tensor([[-3.0, -5.0], [-4.0, -3.0], [3.0, 3.0]], dtype=torch.float64)
+    found = {}
+    for name in expected:
+        objective = preset(name)
+        found[name] = objective(
+            logps,
+            num_tokens,
+            None if objective.reference_free else ref_logps,
+            torch.ones(1, dtype=torch.float64) if objective.uses_dispersion else None,
+            alignment=logps.new_tensor([-3.0, -2.0]) if objective.on_policy_weighting else None,
+        ).losses.item()
+    assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_wpo_by_hand():

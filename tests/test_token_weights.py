@@ -343,3 +343,10 @@ def test_presets_compose_with_the_mallows_links(name):
     batch = batch_of(NUM_TOKENS, DIFFERS)
     found = loss_of(both, POLICY, [REFERENCE], batch, half)
     torch.testing.assert_close(found, loss_of(preset(name), POLICY, [REFERENCE], batch), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["d2po", "ld-dpo", "sampo", "bmc"])
+def test_missing_token_log_probabilities_name_who_weighs_them(name):
+    stats = ResponseStats(torch.zeros(2), torch.zeros(2), None)
+    with pytest.raises(ValueError, match=r"\(D2PO\).*\(LD-DPO\).*\(SamPO\).*\(BMC\).*'ref_chosen_token_logps'"):
+        weighted_logps(preset(name), {"num_tokens": torch.ones(2, dtype=torch.int64)}, stats, [stats])

@@ -25,6 +25,7 @@ from mallowspo import MallowsTrainer, objective, reference
 from mallowspo.choices import PAIR_CHOICES
 from mallowspo.data import tokenize_pairs
 from mallowspo.dispersion import save_cache
+from mallowspo.reference_pass import _from_columns
 
 LOG_2 = math.log(2)
 
@@ -380,3 +381,19 @@ def test_models_by_name(tmp_path):
     chosen = {"model_init_kwargs": {"dtype": "bfloat16"}}
     trainer = tiny_trainer(tmp_path, model=tmp_path / "policy", **options | chosen)
     assert trainer.model.dtype == trainer.ref_model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "number, missing, message",
+    [
+        (0, "ref_rejected_logps", "the loss reads the reference, whose column 'ref_rejected_logps'"),
+        (1, "ref_chosen_logps_1", r"reference_weights \(MRPO\) reads reference 2, whose column 'ref_chosen_logps_1'"),
+    ],
+)
+def test_a_missing_column_names_who_reads_it(number, missing, message):
+    names = ("ref_chosen_logps", "ref_rejected_logps", "ref_chosen_entropy", "ref_rejected_entropy")
+    batch = {name + "_1" * number: torch.zeros(2) for name in names}
+    assert _from_columns(batch, number).logps.shape == (4,)
+    del batch[missing]
+    with pytest.raises(ValueError, match=message):
+        _from_columns(batch, number)

@@ -187,4 +187,6 @@ def check_dispersion(args, default_scale):
             raise ValueError(f"dispersion_scale must be positive and finite, got {args.dispersion_scale}")
     given = args.dispersion_source is not None or args.dispersion_scale != default_scale
     if given and not args.objective().uses_dispersion:
-        raise ValueError(f"loss_type {args.loss_type!r} uses no dispersion; leave dispersion_source and _scale out")
+        raise ValueError(
+            f"loss_type {args.loss_type!r} uses no dispersion; leave out dispersion_source and dispersion_scale"
+        )

@@ -10,6 +10,7 @@ a = -log phi >= 0 throughout. Three sources, all before the scale:
 """
 
 import json
+import operator
 from pathlib import Path
 
 import numpy as np
@@ -59,26 +60,38 @@ def answer_log_odds(model, questions, answers, batch_size=16, done=None):
 
     Args:
         model: a causal LM; its head learns to score single tokens (``modeling.attach_token_stats``).
-        questions: n lists of token ids, none empty. answers: the two answers' first token ids, different ones.
+        questions: n lists of token ids of any lengths, without padding, none empty.
+        answers: the two answers' first token ids, different ones.
         batch_size: questions at a time, the longest first. done: called with the number of questions after each batch.
 
     Returns:
-        [n] float32 tensor on the CPU. Raises ValueError for equal answers or an empty question.
+        [n] float32 tensor on the CPU, in the order of the questions; no gradient, and the model's mode stays.
+
+    Raises:
+        ValueError: not two answers or equal ones, an empty question, a token outside the vocabulary, batch_size < 1.
+        TypeError: texts or anything else in place of token ids; a model that ``attach_token_stats`` cannot teach.
     """
+    attach_token_stats(model)
+    vocabulary = model.get_output_embeddings().out_features
+    answers = _token_ids("answers", answers, vocabulary)
+    if len(answers) != 2:
+        raise ValueError(f"answers must be two token ids, the first of each answer, got {answers}")
     first, second = answers
     if first == second:
         raise ValueError(
             f"the answers begin with the same token, {first}, so they cannot be told apart; choose others"
         )
-    if not all(map(len, questions)):
-        raise ValueError(f"question {[len(ids) for ids in questions].index(0)} has no tokens; leave it out")
-    attach_token_stats(model)
+    questions = [_token_ids(f"question {i}", ids, vocabulary) for i, ids in enumerate(questions)]
+    if not all(questions):
+        raise ValueError(f"question {questions.index([])} has no tokens; leave it out")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     order = sorted(range(len(questions)), key=lambda i: -len(questions[i]))
     odds = torch.empty(len(questions))
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            batch = pad([list(questions[i]) for i in rows], [([first],)] * len(rows), pad_token_id=0)
+            batch = pad([questions[i] for i in rows], [([first],)] * len(rows), pad_token_id=0)
             # Both answers are scored where the first one is predicted.
             batch["target_index"] = batch["target_index"].repeat(2)
             batch["target_ids"] = torch.tensor(answers).repeat_interleave(len(rows))
@@ -88,6 +101,19 @@ def answer_log_odds(model, questions, answers, batch_size=16, done=None):
             if done is not None:
                 done(len(rows))
     return odds
+
+
+def _token_ids(name, ids, vocabulary):
+    """A list of ints from a list, array or tensor of token ids, which must be of the vocabulary."""
+    try:
+        found = [operator.index(token) for token in ids]
+    except TypeError as error:
+        raise TypeError(f"{name} must be a list of token ids, got {ids!r:.80}; tokenize it first") from error
+    # Checked here because on a GPU an id out of range ends the process.
+    bad = [token for token in found if not 0 <= token < vocabulary]
+    if bad:
+        raise ValueError(f"{name} has token {bad[0]}, outside the vocabulary of {vocabulary}; use the model's tokenizer")
+    return found
 
 
 def log_odds_to_neg_log_dispersion(log_odds, link, *, offset=0.0, slope=1.0):

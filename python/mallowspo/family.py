@@ -171,7 +171,8 @@ FAMILY = {
     "mallows-ipo": Method(
         "Mallows-IPO",
         "MallowsPO, arXiv 2405.14953",
-        certainty=CODE + ", times beta^2",
+        certainty="formula as in the authors' code times beta^2, whose weight has the 2 inside its scale and whose "
+        "default beta is 10; here it is IPO's",
         formula="(2 a z - 1/2)^2",
         when="IPO on prompts that differ in how contested they are.",
         fields={"link": "mallows-ipo", "token_weights": "mean"},
@@ -203,7 +204,7 @@ FAMILY = {
     "mallows-simpo": Method(
         "Mallows-SimPO",
         "MallowsPO, arXiv 2405.14953, on SimPO",
-        certainty=CODE + " (what its defaults run, with a target margin)",
+        certainty="formula as in the authors' code, whose defaults are beta 10 and no margin; here they are SimPO's",
         formula="-log sigmoid(2 a (beta [log pi(y_w)/|y_w| - log pi(y_l)/|y_l|] - gamma))",
         when="SimPO where a reference is at hand once, for the entropies.",
         fields={"link": "mallows-theta", **_SIMPO},

@@ -134,6 +134,10 @@ class ReadsReferences:
 
 
 def _from_columns(batch, number):
+    missing = [name for name in REFERENCE_COLUMNS if numbered(name, number) not in batch]
+    if missing:
+        what = f"reference_weights (MRPO) reads reference {number + 1}" if number else "the loss reads the reference"
+        raise ValueError(f"{what}, whose column {numbered(missing[0], number)!r} the batch lacks")
     columns = [batch[numbered(name, number)] for name in REFERENCE_COLUMNS]
     tokens = [batch[numbered(name, number)] for name in TOKEN_REFERENCE_COLUMNS if name in batch]
     return ResponseStats(torch.cat(columns[:2]), torch.cat(columns[2:]), torch.cat(tokens) if tokens else None)

@@ -146,6 +146,11 @@ def weighted_logps(objective, batch, policy, references, *, seed=0, step=0):
 
 def _weights_of(objective, batch, token_logps, seed, step, stream):
     draws = None
+    if token_logps is None:
+        raise ValueError(
+            "token_decay (D2PO), ld_alpha (LD-DPO), down_sampling (SamPO) and bridge_delta (BMC) weigh tokens: the "
+            "reference's columns 'ref_chosen_token_logps' and 'ref_rejected_token_logps' are missing"
+        )
     if objective.down_sampling:
         if "row" not in batch:
             raise ValueError("down_sampling (SamPO) seeds its draw by the pair's number: the batch lacks 'row'")

@@ -151,7 +151,8 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         limits = {"max_length": self.args.max_length, "num_proc": self.args.dataset_num_proc}
         dataset = tokenize_pairs(dataset, self.processing_class, **limits)
         if self._source in PAIR_COLUMNS and self._source not in dataset.column_names:
-            raise ValueError(f"the {name} data set lacks the column {self._source!r}, the source of the dispersion")
+            loss = self.args.loss_type
+            raise ValueError(f"the {name} data set lacks the column {self._source!r}, the dispersion of {loss!r}")
         if self._source == "agreement":
             values = agreement_to_neg_log_dispersion(dataset["agreement"][:], self.objective.link)
             dataset = dataset.remove_columns([column for column in PAIR_COLUMNS if column in dataset.column_names])
@@ -175,7 +176,8 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         args, objective = self.args, self.objective
         needs_entropy, needs_logps = self._source == "entropy", not objective.reference_free
         if not (needs_logps or needs_entropy) and (references != [None] or args.precompute_ref_log_probs):
-            raise ValueError(f"loss_type {args.loss_type!r} reads no reference; leave out what sets or computes one")
+            superfluous = "ref_model" if references != [None] else "precompute_ref_log_probs"
+            raise ValueError(f"loss_type {args.loss_type!r} reads no reference; leave out {superfluous}")
         cached = (needs_logps and args.precompute_ref_log_probs) or (
             needs_entropy and (args.dispersion_scale == "auto" or objective.reference_free)
         )

@@ -131,3 +131,10 @@ def test_a_whole_run(tmp_path):
     assert {lengths[name] for name in early} == {len(experiment.evaluation_steps(12))}
     assert {lengths[name] for name in rows.keys() - early} <= {1, 2}
     assert rows["simpo"]["path_kl"]["mean"][-1] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["bandit", "controllable_generation"])
+def test_the_page_has_a_row_for_every_preset(recipe):
+    text = (RECIPES / recipe / "README.md").read_text()
+    rows = {name.split(",")[0] for name in re.findall(r"^\| ([^|]+?) \|", text, re.M)}
+    assert set(presets()) - {"dpo"} <= rows
