@@ -154,13 +154,49 @@ def test_answers_are_compared_as_next_tokens(model_type, questions, answers, bat
     assert model.training and sum(done) == len(questions) and max(done) <= batch_size
 
 
+def test_a_question_has_the_same_answer_in_a_batch_and_alone():
+    model, questions = tiny_model(), [[5], [3, 9, 12, 4, 17, 8], [6, 6, 7], [19, 3]]
+    together = answer_log_odds(model, questions, [7, 8])
+    assert together.abs().min() > 0.01 and not together.requires_grad
+    for question, odds in zip(questions, together, strict=True):
+        torch.testing.assert_close(answer_log_odds(model, [question], [7, 8]), odds[None], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_answers_of_other_weights_are_float32(dtype):
+    model = tiny_model().to(dtype)
+    with torch.no_grad():
+        logits = model(torch.tensor([[5, 9, 6]])).logits[0, -1].double()
+    found = answer_log_odds(model, torch.tensor([[5, 9, 6]]), np.array([7, 8]))  # what else ids may come in
+    expected = (logits[7] - logits[8])[None].float()
+    torch.testing.assert_close(found, expected, **({"rtol": 3e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}))
+
+
+def test_no_questions_have_no_answers():
+    assert answer_log_odds(tiny_model(), [], [7, 8]).shape == (0,)
+
+
 @pytest.mark.parametrize(
-    ("questions", "answers", "message"),
-    [([[5]], [7, 7], "begin with the same token, 7"), ([[5], []], [7, 8], "question 1 has no tokens")],
+    ("questions", "answers", "batch_size", "error", "message"),
+    [
+        ([[5]], [7, 7], 1, ValueError, "begin with the same token, 7"),
+        ([[5]], [7, 8, 9], 1, ValueError, r"answers must be two token ids.* got \[7, 8, 9\]"),
+        ([[5]], [[7], [8]], 1, TypeError, r"answers must be a list of token ids, got \[\[7\], \[8\]\]"),
+        ([[5]], [" yes", " no"], 1, TypeError, r"answers must .* got \[' yes', ' no'\]; tokenize"),
+        ([[5]], [7, 20], 1, ValueError, "token 20 of answers is outside the vocabulary of 20"),
+        ([[5], []], [7, 8], 1, ValueError, "question 1 has no tokens"),
+        ([[5], [6, -1]], [7, 8], 1, ValueError, "token -1 of question 1 is outside"),
+        ([[5], "good?"], [7, 8], 1, TypeError, "question 1 must be a list of token ids, got 'good[?]'"),
+        ([5, 6], [7, 8], 1, TypeError, "question 0 must be a list of token ids, got 5"),
+        ({"input_ids": [[5]]}, [7, 8], 1, TypeError, "question 0 must be .* got 'input_ids'"),
+        ([[5.5]], [7, 8], 1, TypeError, r"question 0 must be .* got \[5.5\]"),
+        ([[5]], [7, 8], 0, ValueError, "batch_size must be at least 1, got 0"),
+        ([[5]], [7, 8], -1, ValueError, "batch_size must be at least 1, got -1"),  # gave whatever was in memory
+    ],
 )
-def test_questions_without_an_answer(questions, answers, message):
-    with pytest.raises(ValueError, match=message):
-        answer_log_odds(tiny_model(), questions, answers)
+def test_questions_without_an_answer(questions, answers, batch_size, error, message):
+    with pytest.raises(error, match=message):
+        answer_log_odds(tiny_model(), questions, answers, batch_size)
 
 
 def test_log_odds_that_cannot_be_a_dispersion():

@@ -97,7 +97,7 @@ def answer_log_odds(model, questions, answers, batch_size=16, done=None):
             batch["target_ids"] = torch.tensor(answers).repeat_interleave(len(rows))
             batch["num_tokens"] = torch.ones(2 * len(rows), dtype=torch.int64)
             logps = sequence_stats(model, {name: values.to(model.device) for name, values in batch.items()}).logps
-            odds[rows] = (logps[: len(rows)] - logps[len(rows) :]).cpu()
+            odds[rows] = (logps[: len(rows)] - logps[len(rows) :]).float().cpu()
             if done is not None:
                 done(len(rows))
     return odds
@@ -108,11 +108,15 @@ def _token_ids(name, ids, vocabulary):
     try:
         found = [operator.index(token) for token in ids]
     except TypeError as error:
-        raise TypeError(f"{name} must be a list of token ids, got {ids!r:.80}; tokenize it first") from error
-    # Checked here because on a GPU an id out of range ends the process.
+        raise TypeError(
+            f"{name} must be a list of token ids, got {ids!r:.80}; tokenize texts, one int a token"
+        ) from error
+    # Checked here because an id out of range leaves a GPU unusable for the rest of the process.
     bad = [token for token in found if not 0 <= token < vocabulary]
     if bad:
-        raise ValueError(f"{name} has token {bad[0]}, outside the vocabulary of {vocabulary}; use the model's tokenizer")
+        raise ValueError(
+            f"token {bad[0]} of {name} is outside the vocabulary of {vocabulary}; use the model's tokenizer"
+        )
     return found
 
 

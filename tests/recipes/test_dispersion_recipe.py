@@ -351,6 +351,7 @@ def test_options():
         run.parse_arguments(["--pairs_per_domain", "4"])
     paper = run.parse_arguments(["--config", str(RECIPES / "dispersion" / "paper.yaml")])
     assert (paper.model, paper.dtype) == ("EleutherAI/pythia-2.8b", "bfloat16")
+    assert paper.pairs_per_domain <= 1570 and paper.output_dir != run.RecipeArguments().output_dir
 
 
 @pytest.fixture
@@ -458,9 +459,8 @@ def test_the_code_of_the_page_runs(tmp_path, tiny_model, tiny_tokenizer):
     words = '[" positive", " negative"]'
     assert words in block
     namespace = {"NAME": tmp_path}
-    exec(
-        compile(block.replace(words, '["p", "n"]'), "README.md", "exec"), namespace
-    )  # a token each for the tiny model
+    code = block.replace(words, '["p", "n"]')  # a token each for the tiny model
+    exec(compile(code, "README.md", "exec"), namespace)
     offset, slope, odds = (namespace[name] for name in ("offset", "slope", "log_odds"))
     expected = [max(0, offset + slope * abs(value)) / 2 for value in odds]
     assert len(set(odds)) == 4 and namespace["pairs"]["neg_log_dispersion"][:] == pytest.approx(expected)
