@@ -26,11 +26,24 @@ def folder_digest(folder):
     """A hash of the names and the bytes of all files below a folder, its checksum apart."""
     files = {}
     for path in Path(folder).rglob("*"):
-        if path.is_file() and path.name != CHECKSUM:
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != CHECKSUM:
             with path.open("rb") as file:
-                name = path.relative_to(folder).as_posix()
                 files[name] = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
     return digest(files)
+
+
+def write_checked(path, data):
+    """Writes bytes behind the 16 of their checksum, whole or not at all."""
+    write_whole(path, xxhash.xxh3_128_digest(data) + data)
+
+
+def read_checked(path):
+    """The bytes of :func:`write_checked`. Raises ValueError for a corrupt file."""
+    kept = path.read_bytes()
+    if xxhash.xxh3_128_digest(kept[16:]) != kept[:16]:
+        raise _corrupt(path)
+    return kept[16:]
 
 
 class Stages:
@@ -69,23 +82,20 @@ class Stages:
         Args:
             compute: function of a list of items and the number of the first that returns a list as long.
         """
-        results = []
+        results, quiet = [], Stages(self._folder)  # a line for each chunk would break the bar
         for start in tqdm(range(0, len(items), size), desc=name):
             chunk = items[start : start + size]
-            results += self.value(name, [inputs, start, chunk], partial(compute, chunk, start))
+            results += quiet.value(name, [inputs, start, chunk], partial(compute, chunk, start))
         return results
 
     def arrays(self, name, inputs, compute):
-        """What ``compute()`` gives, a dict of numpy arrays; the file is a checksum of 16 bytes and an .npz."""
+        """What ``compute()`` gives, a dict of numpy arrays; the file is that of :func:`write_checked`, of an .npz."""
         path = self._path(name, digest(inputs), ".arrays")
         if not self._kept(name, path):
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **compute())
-            write_whole(path, xxhash.xxh3_128_digest(buffer.getvalue()) + buffer.getvalue())
-        kept = path.read_bytes()
-        if xxhash.xxh3_128_digest(kept[16:]) != kept[:16]:
-            raise _corrupt(path)
-        with np.load(io.BytesIO(kept[16:])) as arrays:
+            write_checked(path, buffer.getvalue())
+        with np.load(io.BytesIO(read_checked(path))) as arrays:
             return dict(arrays)
 
     def folder(self, name, inputs, compute):

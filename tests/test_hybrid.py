@@ -224,10 +224,7 @@ def test_two_ranks_train_as_one(tmp_path):
 @pytest.mark.parametrize(
     "data, message",
     [
-        (
-            lambda: tiny_pairs(2),
-            "train data set lacks the column 'chosen_reward'.*HPO",
-        ),
+        (lambda: tiny_pairs(2), "train data set lacks the column 'chosen_reward'.*HPO"),
         (lambda: tiny_pairs(2, chosen_reward=[1.0, 1.0]), "train data set lacks the column 'rejected_reward'"),
         (
             lambda: tiny_pairs(2, chosen_reward=[1.0, 1.0], rejected_reward=[1.0, math.nan]),

@@ -326,8 +326,13 @@ def test_rainbowpo_by_hand():
 def test_every_preset_by_hand():
     """Three tokens each. Chosen: log pi -1 -1 -1, log ref -2 -1 -1. Rejected: -1 -2 -2 and -1 -1 -1. Log-ratios 1
     and -2, the margin 3, z = 0.3 at beta 0.1; means a token 1/3 and -2/3, the margin 1. a = 1 doubles a margin."""
-    L = lambda x: math.log1p(math.exp(-x))  # noqa: E731
-    sig, e = (lambda x: 1 / (1 + math.exp(-x))), math.exp
+    e = math.exp
+
+    def L(x):  # -log sigmoid
+        return math.log1p(e(-x))
+
+    def sig(x):
+        return 1 / (1 + e(-x))
 
     def exo(x):
         return sig(x) * (math.log(sig(x)) - math.log(0.999)) + sig(-x) * (math.log(sig(-x)) - math.log(0.001))

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import xxhash
 from datasets import disable_progress_bars
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -36,11 +35,10 @@ import sampling
 
 import models
 from mallowspo import MallowsConfig
-from mallowspo.files import write_whole
 from mallowspo.modeling import add_adapter, attach_token_stats
 from options import check_at_least_one, config_field
 from reporting import package_versions
-from stages import Stages, digest
+from stages import Stages, digest, read_checked, write_checked
 
 # What is asked for gold (the least certain pairs, any, or every one), and whether the discriminator orders the rest.
 LABELLINGS = {
@@ -185,18 +183,12 @@ def write_state(path, state):
     """Writes a state and its checksum, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    data = buffer.getvalue()
-    write_whole(path, xxhash.xxh3_128_digest(data) + data)
+    write_checked(path, buffer.getvalue())
 
 
 def read_state(path):
     """The state, None where there is no file. Raises ValueError for a corrupt one."""
-    if not path.exists():
-        return None
-    data = path.read_bytes()
-    if xxhash.xxh3_128_digest(data[16:]) != data[:16]:
-        raise ValueError(f"{path} is corrupt; delete it to train from the first round again")
-    return torch.load(io.BytesIO(data[16:]), weights_only=True)
+    return torch.load(io.BytesIO(read_checked(path)), weights_only=True) if path.exists() else None
 
 
 def train(task, method, seed, path, bar):

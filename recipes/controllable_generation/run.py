@@ -288,6 +288,7 @@ def train_and_evaluate(shared, points, domains):
     """
     recipe, training, stages, folder = shared[:4]
     identity, runs = model_digest(shared.name), []
+    rewarded = [model_digest(recipe.reward), recipe.reward_label]
     held_out = {domain: shared.split["held out"][domain] for domain in domains}
     # Seed by seed, so that an interrupted run has whole seeds.
     jobs = [(training.seed + i, *point) for i in range(recipe.seeds) for point in [(REFERENCE, None), *points]]
@@ -296,7 +297,7 @@ def train_and_evaluate(shared, points, domains):
         bar.set_postfix_str(name)
         inputs, settings, second = {"method": method, "seed": seed, "model": identity}, None, None
         inputs |= {"held out": held_out, "samples": recipe.eval_samples, "tokens": recipe.max_new_tokens}
-        inputs |= {"reward": [model_digest(recipe.reward), recipe.reward_label]}
+        inputs |= {"reward": rewarded}
         if method != REFERENCE:
             settings = training_of(training, method, beta, seed, folder)
             inputs |= {"training": training_facts(settings), "rank": recipe.lora_rank, "pairs": shared.rows}

@@ -180,9 +180,7 @@ class Experiment:
         self.arguments, self.training, self.judge = arguments, training, judge
         self.folder = models.model_folder(arguments.model)
         self.tokenizer = models.load_tokenizer(self.folder, arguments.chat_template)
-        folder = Path(training.output_dir) / "stages"
-        self.stages = Stages(folder, verbose=True)
-        self.judged = Stages(folder)  # quiet: a line for each chunk would break its bar
+        self.stages = Stages(Path(training.output_dir) / "stages", verbose=True)
         facts = [self.tokenizer.chat_template, mallowspo.__version__, version("transformers"), version("torch")]
         self.model_key = models.model_key(load_model(self.folder), facts)
 
@@ -260,7 +258,7 @@ class Experiment:
             for row, *replies in zip(rows, *at_temperature, strict=True)
         ]
         distinct = list(dict.fromkeys(asked))  # equal replies get one answer, in whichever run it was given
-        answers = self.judged.chunks(
+        answers = self.stages.chunks(
             *(name, self.judge.identity, distinct, JUDGED_AT_A_TIME),
             lambda chunk, _: ask(*zip(*map(json.loads, chunk), strict=True)),
         )

@@ -53,7 +53,11 @@ def sentence_stats(model, prompts, texts, batch_size, done=None):
         ``features`` [n, D], the mean of the last hidden states at the text's own tokens.
     """
     rows = {}
-    for indices, batch in _batches(model, prompts, [[text] for text in texts], batch_size, done):
+    longest = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - len(texts[i]))  # first: little is padding
+    for start in range(0, len(longest), batch_size):
+        indices = longest[start : start + batch_size]
+        batch = pad([prompts[i] for i in indices], [[texts[i]] for i in indices], pad_token_id=0)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         hidden = _hidden_states(model, batch)
         stats = model.get_output_embeddings()(hidden[batch["target_index"]], target_ids=batch["target_ids"])
         lengths = batch["num_tokens"]
@@ -61,22 +65,13 @@ def sentence_stats(model, prompts, texts, batch_size, done=None):
         features = torch.segment_reduce(hidden[batch["target_index"] + 1], "mean", lengths=lengths, axis=0)
         columns = (sums[0], sums[1] / lengths, lengths, features)
         rows |= dict(zip(indices, zip(*(column.float().cpu() for column in columns), strict=True), strict=True))
+        if done is not None:
+            done(len(indices))
     columns = zip(*(rows[i] for i in range(len(rows))), strict=True)
     return {
         name: torch.stack(column)
         for name, column in zip(("logps", "entropy", "tokens", "features"), columns, strict=True)
     }
-
-
-def _batches(model, prompts, responses, size, done):
-    """(indices, batch) from the longest sequences to the shortest, so that little is padding."""
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - len(responses[i][0]))
-    for start in range(0, len(order), size):
-        indices = order[start : start + size]
-        batch = pad([prompts[i] for i in indices], [responses[i] for i in indices], pad_token_id=0)
-        yield indices, {name: tensor.to(model.device) for name, tensor in batch.items()}
-        if done is not None:
-            done(len(indices))
 
 
 def _hidden_states(model, batch):

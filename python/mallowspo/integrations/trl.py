@@ -227,7 +227,7 @@ class _WithDispersion:
 
     def __call__(self, rows):
         if self.source not in rows[0]:
-            raise ValueError(f"a data set lacks the column {self.source!r}, the source of the dispersion")
+            raise ValueError(f"a data set lacks the column {self.source!r}, the dispersion of {self.link!r}")
         values = [row[self.source] for row in rows]
         if self.source == "agreement":
             values = agreement_to_neg_log_dispersion(values, self.link)
@@ -242,5 +242,5 @@ def _dispersion_source(args, columns):
         raise ValueError(f"the data has both {found[0]!r} and {found[1]!r}; choose one by dispersion_source")
     source = args.dispersion_source or (found[0] if found else "entropy")
     if source in PAIR_COLUMNS and source not in columns:
-        raise ValueError(f"the train data set lacks the column {source!r}, the source of the dispersion")
+        raise ValueError(f"the train data set lacks the column {source!r}, the dispersion of {args.loss_type[0]!r}")
     return source
