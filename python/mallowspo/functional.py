@@ -124,7 +124,8 @@ def linear_token_stats(
         softcap: c > 0 replaces the logits l by c tanh(l / c), as Gemma 2 does; None leaves them.
         chunk_tokens: tokens worked on at a time; default: 2048, fewer where the budget is small.
         memory_budget: bytes to work in, beyond inputs, results and gradients; default: 64 MiB, on CUDA 512.
-            With a trained head as many logits as fit are kept from the forward to the backward; only the others are
+            With a trained head the logits stay from the forward to the backward as far as they fit in this and in the
+            memory of the weight's gradient, [V, D], which is then taken in the forward already; only the others are
             computed again. In half precision the sum of hidden's gradient, [..., D] in float32, comes on top where it
             takes more than half of this.
 

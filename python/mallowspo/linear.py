@@ -7,9 +7,11 @@ finds it in the cache. What each case costs, in products of [N, D] with [D, V]:
 - head frozen: two. The hidden gradient of a token's log-probability is g (W[y] - sum_v p_v W[v]); all but g is known
   in the forward, where a running rescale, as the maximum grows from tile to tile, sums it up without the logits. It is
   kept, [N, D];
-- head trained: three for the tiles that the budget holds until the backward, where they become their own gradient;
-  four for the others, which are computed again there. A trained low-rank change of a frozen head costs the same less
-  the product for the weight's gradient; its own products cost r/D of one each.
+- head trained: three for the tiles whose logits stay until the backward, where they become their own gradient; four
+  for the others, which are computed again there. They stay in the budget, and in the memory of the weight's gradient,
+  which is thus taken in the forward already: all but a tile where N <= D, D/N of them where N is larger. A trained
+  low-rank change of a frozen head costs the same less the product for the weight's gradient, and has the budget alone;
+  its own products cost r/D of one each.
 
 Not in the budget: what a frozen head keeps, [N, D]; a few numbers a token and an entry of the vocabulary; and, where
 a half-precision head is trained, the float32 sum of the hidden gradient over tiles, [N, D], as far as it takes more
@@ -18,6 +20,7 @@ tile's size. Where the head is frozen it goes chunk by chunk, and the sum of the
 """
 
 import itertools
+from typing import NamedTuple
 
 import torch
 
@@ -44,19 +47,19 @@ class LinearTokenStatsFunction(torch.autograd.Function):
         keeps_direction = wants_hidden and not any(wants_head) and softcap is None
         keeps_logits = (wants_hidden or any(wants_head)) and not keeps_direction
         lefts, rights = _factors(hidden, down), _factors(weight, up)
-        sizes = chunk_tokens, budget, softcap is not None, wants_head[0] or wants_head[2]
-        chunks, tiles, slots = _layout(lefts, rights, labels, ignore_index, *sizes, keeps_logits)
+        wants = keeps_logits, wants_head[0], wants_head[2]
+        layout = _layout(lefts, rights, labels, ignore_index, chunk_tokens, budget, softcap is not None, *wants)
         stats = hidden.new_zeros(4, len(hidden), dtype=total)
         direction = torch.zeros_like(hidden) if keeps_direction else None
-        held = _in_huge_pages(hidden.new_empty(slots))
-        for i, rows in enumerate(chunks):
+        memory = layout.memory(hidden, weight, wants_head[0])
+        for i, rows in enumerate(layout.chunks):
             parts, part_labels = [left[rows] for left in lefts], labels[rows]
             part = parts[0]
             state = stats.new_zeros(4, len(part))
             state[0] = torch.finfo(total).min
             summed = torch.zeros_like(part, dtype=total) if keeps_direction else None
-            for j, columns in enumerate(tiles):
-                logits = _in_slot(held, j * len(chunks) + i, part, columns)
+            for j, columns in enumerate(layout.tiles):
+                logits = layout.place(*memory, i, j)
                 _multiply(parts, rights, bias, columns, logits)
                 before = state[0].clone()
                 ops.token_stats_tile(
@@ -71,8 +74,7 @@ class LinearTokenStatsFunction(torch.autograd.Function):
                 direction[rows] = _direction(summed, state, weight, part_labels, ignore_index, temperature)
         row_max, log_sum, entropy, logps = stats.unbind()
         ctx.save_for_backward(hidden, weight, down, up, bias, labels, entropy, row_max, log_sum, direction)
-        ctx.layout = chunks, tiles, slots
-        ctx.held = held if keeps_logits else None
+        ctx.layout, ctx.memory = layout, memory if keeps_logits else None
         ctx.settings = ignore_index, temperature, softcap
         ctx.set_materialize_grads(False)
         return logps.clone(), entropy.clone()
@@ -82,7 +84,8 @@ class LinearTokenStatsFunction(torch.autograd.Function):
     def backward(ctx, grad_logps, grad_entropy):
         hidden, weight, down, up, bias, labels, entropy, row_max, log_sum, direction = ctx.saved_tensors
         ignore_index, temperature, softcap = ctx.settings
-        chunks, tiles, slots = ctx.layout
+        layout = ctx.layout
+        chunks, tiles = layout.chunks, layout.tiles
         if grad_logps is None and grad_entropy is None:
             return (None,) * 12
         if direction is not None and grad_entropy is None:
@@ -90,12 +93,10 @@ class LinearTokenStatsFunction(torch.autograd.Function):
             for rows in chunks:  # the products are in the accumulator's dtype
                 grad_hidden[rows] = (direction[rows] * grad_logps[rows, None]).to(hidden.dtype)
             return grad_hidden, *(None,) * 11
-        held, ctx.held = ctx.held, None  # overwritten below; a second backward computes all tiles again
-        lost = range(len(chunks) * len(tiles))
-        if held is None:
-            held = _in_huge_pages(hidden.new_empty(slots))
-        else:
-            lost = lost[len(held) - 1 : -1]
+        memory, ctx.memory = ctx.memory, None  # overwritten below; a second backward computes all tiles again
+        is_new = memory is None
+        if is_new:
+            memory = layout.memory(hidden, weight, ctx.needs_input_grad[1])
         total = accumulator_dtype(hidden.dtype)
         one_chunk, is_narrow = len(chunks) == 1, hidden.dtype != total
         lefts, rights = _factors(hidden, down), _factors(weight, up)
@@ -104,26 +105,26 @@ class LinearTokenStatsFunction(torch.autograd.Function):
         grad_lefts, grad_rights = [], []
         for left, right, (wants_left, wants_right) in zip(lefts, rights, needed, strict=True):
             grad_lefts.append(torch.zeros_like(left, dtype=None if by_chunk else total) if wants_left else None)
-            grad_rights.append(_in_huge_pages(torch.empty_like(right)) if wants_right else None)
-            if wants_right and not one_chunk:
+            grad_rights.append(None if not wants_right else memory[1] if right is weight else torch.empty_like(right))
+            if wants_right and not chunks:
                 grad_rights[-1].zero_()
         grad_bias = torch.zeros_like(bias, dtype=total) if ctx.needs_input_grad[4] else None
         order = list(itertools.product(range(len(tiles)), range(len(chunks))))
         if by_chunk:
             order.sort(key=lambda place: place[::-1])
         for j, i in reversed(order):
-            columns, rows, number = tiles[j], chunks[i], j * len(chunks) + i
+            columns, rows = tiles[j], chunks[i]
             parts = [left[rows] for left in lefts]
             if i == len(chunks) - 1:
                 sums = [None if g is None else g[columns] for g in grad_rights]
                 if not one_chunk:  # a sum over chunks loses nothing to rounding in between
-                    sums = [None if g is None else g.to(total) for g in sums]
+                    sums = [None if g is None else g.zero_().to(total) for g in sums]
             if not by_chunk:
                 summed_lefts, summed_rows = grad_lefts, rows
             elif j == len(tiles) - 1:
                 summed_lefts, summed_rows = [None if g is None else g[rows].to(total) for g in grad_lefts], slice(None)
-            logits = _in_slot(held, number, parts[0], columns)
-            if number in lost:
+            logits = layout.place(*memory, i, j)
+            if is_new or layout.is_lost(i, j):
                 _multiply(parts, rights, bias, columns, logits)
             grads = [None if g is None else g[rows].contiguous() for g in (grad_logps, grad_entropy)]
             saved = labels[rows], entropy[rows], row_max[rows], log_sum[rows]
@@ -164,16 +165,71 @@ def _goes_by_chunk(is_narrow, wants_rights):
     return is_narrow and not wants_rights
 
 
-def _layout(lefts, rights, labels, ignore_index, chunk_tokens, budget, caps, wants_rights, keeps_logits):
-    """(chunks, tiles, slots): slices of the tokens, or the indices of those that are not ignored; slices of the
-    vocabulary; and the shape of the memory for products of the one with the other: so many, of so many elements.
+class _Layout(NamedTuple):
+    """How the work is cut into parts, a chunk of tokens by a tile of the vocabulary each, and where their logits lie.
+
+    Parts are numbered chunk by chunk within a tile, and the backward goes from the last one to the first. Those of the
+    last tiles lie in the memory of the weight's gradient. The others have a slot each until the last slot, where the
+    rest overwrite one another and the last one stays: the backward meets that one first, then the overwritten ones,
+    which the same slot holds again, then those with a slot of their own.
+    """
+
+    chunks: list  # slices of the tokens, or the indices of those that are not ignored
+    tiles: list  # slices of the vocabulary
+    tokens: int  # of a chunk
+    all_tokens: int
+    lent: int  # tiles in the memory of the gradient
+    slots: int
+
+    @property
+    def in_slots(self):
+        """The number of parts that are not in the memory of the gradient."""
+        return (len(self.tiles) - self.lent) * len(self.chunks)
+
+    def memory(self, hidden, weight, wants_weight):
+        """The slots, and the weight's gradient where it is wanted."""
+        elements = self.tokens * self.tiles[0].stop
+        return _fresh(hidden, (self.slots, elements)), _fresh(weight, weight.shape) if wants_weight else None
+
+    def place(self, slots, gradient, i, j):
+        """The memory [n, W] for the logits of chunk i and tile j.
+
+        In the gradient [V, D], a tile has room for the logits of all tokens, and for no less than its own gradient.
+        The last tile's room ends where its gradient begins, each other's where that of the next tile begins: then the
+        backward writes every gradient where nothing is, or logits that have become a gradient already.
+        """
+        columns, start, number = self.tiles[j], i * self.tokens, j * len(self.chunks) + i
+        width = columns.stop - columns.start
+        shape = min(self.tokens, self.all_tokens - start), width
+        if number < self.in_slots:
+            memory, begin = slots[min(number, self.slots - 1)], 0
+        else:
+            depth, room = gradient.shape[1], max(self.all_tokens, gradient.shape[1])
+            begin = gradient.numel() - self.tiles[0].stop * (depth + (len(self.tiles) - j) * room) + start * width
+            memory = gradient.view(-1)
+        return memory[begin : begin + shape[0] * width].view(shape)
+
+    def is_lost(self, i, j):
+        """Whether another part has overwritten this one."""
+        return self.slots - 1 <= j * len(self.chunks) + i < self.in_slots - 1
+
+
+def _fresh(like, shape):
+    """Memory in huge pages: of many megabytes, page faults of 4 KiB would take half a product's time."""
+    memory = like.new_empty(shape)
+    ops.advise_huge_pages(memory)
+    return memory
+
+
+def _layout(lefts, rights, labels, ignore_index, chunk_tokens, budget, caps, keeps_logits, wants_weight, wants_up):
+    """The layout of a call, within its budget.
 
     Finding the ignored tokens would wait for a CUDA device, and would make shapes depend on data, which torch.compile
     does not trace: there all tokens go in.
     """
     on_cpu, vocab, depth = labels.device.type == "cpu", len(rights[0]), sum(left.shape[1] for left in lefts)
     item, total = lefts[0].element_size(), accumulator_dtype(lefts[0].dtype).itemsize
-    is_narrow, kept = item < total, None
+    is_narrow, wants_rights, kept = item < total, wants_weight or wants_up, None
     by_chunk = _goes_by_chunk(is_narrow, wants_rights)
     if on_cpu and not torch.compiler.is_compiling():
         kept = (labels != ignore_index).nonzero().squeeze(1)
@@ -210,21 +266,10 @@ def _layout(lefts, rights, labels, ignore_index, chunk_tokens, budget, caps, wan
     width = -(-vocab // -(-vocab // (width - width % line)))
     width += -width % line
     tiles = [slice(start, min(start + width, vocab)) for start in range(0, vocab, width)]
-    return chunks, tiles, (max(1, min(slots, len(chunks) * len(tiles))), n * width)
-
-
-def _in_huge_pages(memory):
-    """The memory, fresh as it is: of many megabytes, page faults of 4 KiB would take half a product's time."""
-    ops.advise_huge_pages(memory)
-    return memory
-
-
-def _in_slot(held, number, hidden, columns):
-    """The memory [n, W] of a tile. They are numbered chunk by chunk within a slice of the vocabulary; each has its own
-    slot until the last slot, where all others overwrite one another and the last tile stays. Going backwards meets
-    that one first, then the overwritten ones, which the same slot holds again, then those with their own slot."""
-    width = columns.stop - columns.start
-    return held[min(number, len(held) - 1)][: len(hidden) * width].view(len(hidden), width)
+    columns, weight_depth = tiles[0].stop, lefts[0].shape[1]
+    lent = wants_weight * (vocab - columns) * weight_depth // (columns * max(count, weight_depth))
+    in_slots = len(chunks) * (len(tiles) - lent)
+    return _Layout(chunks, tiles, n, count, lent, max(1, min(slots, in_slots)))
 
 
 def _multiply(lefts, rights, bias, columns, out):
