@@ -33,7 +33,6 @@ def folder(tmp_path_factory):
     torch.set_num_threads(1)
     distributed_worker.run(folder / "alone", distributed_worker.RUNS | distributed_worker.HALF)
     distributed_worker.resumable(folder / "alone", "saved")
-    distributed_worker.resumable(folder / "alone", "saved without reference", **distributed_worker.NO_REFERENCE)
     for adapter in (False, True):
         distributed_worker.sharded(folder / "alone", adapter)
     for config, what, where, start, processes in (
@@ -194,11 +193,6 @@ def test_fsdp_sees_the_head(folder, name):
 # Saved on two processes, resumed on one, and the other way round
 
 
-def whole_run(engine):
-    """The run of one process that saves as this engine's did."""
-    return "saved without reference" if engine == "deepspeed_zero3" else "saved"
-
-
 @pytest.mark.parametrize(
     "where, name",
     of_engines(
@@ -211,7 +205,7 @@ def whole_run(engine):
     ),
 )
 def test_a_resumed_run_ends_where_the_whole_one_does(folder, where, name):
-    paths = (f"alone/{whole_run(where)}.0", f"{where}/{name}")
+    paths = ("alone/saved.0", f"{where}/{name}")
     expected, found = (torch.load(folder / f"{path}.pt", weights_only=False) for path in paths)
     close(found["weights"], expected["weights"])
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4) and len(found["losses"]) == 5
@@ -222,14 +216,14 @@ def test_a_sharded_checkpoint_is_also_a_model(folder, engine):
     """Of whole weights, to load from anywhere."""
     from transformers import AutoModelForCausalLM
 
-    paths = (folder / engine / "saved/checkpoint-4", folder / "alone" / whole_run(engine) / "checkpoint-4")
+    paths = (folder / engine / "saved/checkpoint-4", folder / "alone/saved/checkpoint-4")
     loaded, expected = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in paths)
     close(loaded, expected)
 
 
 @pytest.mark.parametrize(
     "engine, name",
-    of_engines(*((engine, name) for engine, names in distributed_worker.SHARDED_HALF.items() for name in names)),
+    of_engines(*((engine, name) for engine in distributed_worker.SHARDED_RUNS for name in distributed_worker.HALF)),
 )
 def test_log_probabilities_are_not_rounded_with_the_layers(run, engine, name):
     """What FSDP's mixed precision does to all that a model returns, and DeepSpeed to all that it is given."""

@@ -24,6 +24,7 @@ from mallowspo import functional as F
 from mallowspo.collator import pad
 from mallowspo.files import write_whole
 from mallowspo.modeling import attach_token_stats, evaluating, sequence_stats
+from mallowspo.partitioned import gathered
 
 # An agreement of 1 would mean a = infinity; a panel cannot tell more than this anyway.
 AGREEMENT_CEILING = 0.99
@@ -213,7 +214,7 @@ def fingerprint(model, dataset, settings, *, with_adapter=False):
     settings.
 
     Args:
-        model: the reference.
+        model: the reference. Where ZeRO-3 has partitioned it, all ranks call this together.
         dataset: of ``tokenize_pairs``.
         settings: JSON-serialisable dict.
         with_adapter: whether a PEFT model is the reference as it is, or with its adapter off.
@@ -236,8 +237,9 @@ def fingerprint(model, dataset, settings, *, with_adapter=False):
             if hasattr(tensor, "quant_state"):  # bitsandbytes keeps the scales of a 4-bit weight beside it
                 tensors |= {f"{name}.{part}": t for part, t in tensor.quant_state.as_dict(packed=True).items()}
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        with gathered(tensor):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
         for ids in dataset[column]:
             digest.update(np.asarray([len(ids), *ids], dtype=np.int64))

@@ -306,14 +306,3 @@ def without_adapter(model):
         for parameter in trained:
             parameter.requires_grad_()
         yield
-
-
-def whole(model):
-    """The model, if this rank holds all its weights; ValueError otherwise."""
-    if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ValueError(
-            "the reference needs whole weights on every rank before training: with FSDP set "
-            "fsdp_cpu_ram_efficient_loading to false; with ZeRO-3 use a PEFT model, and a number for dispersion_scale "
-            "or a measured dispersion"
-        )
-    return model

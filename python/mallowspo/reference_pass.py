@@ -14,6 +14,7 @@ from mallowspo import _C
 from mallowspo.data import REFERENCE_COLUMNS, TOKEN_REFERENCE_COLUMNS, scored_tokens
 from mallowspo.dispersion import fingerprint, load_cache, save_cache
 from mallowspo.modeling import ResponseStats, evaluating, response_stats, without_adapter
+from mallowspo.partitioned import is_partitioned
 
 logger = logging.get_logger(__name__)
 
@@ -51,15 +52,15 @@ class ReadsReferences:
     def _columns_of(self, model, dataset, name):
         """What one reference says of every pair: {column: float32 values}, token columns row after row."""
         columns, per_token = None, self.objective.weighs_tokens
-        if self.accelerator.is_main_process:  # one rank decides, so that all agree where they share no disk
+        weights, is_main = self.accelerator.unwrap_model(model or self.model), self.accelerator.is_main_process
+        if is_main or is_partitioned(weights):
             settings = {
                 "version": _C.build["version"],
                 "mixed_precision": self.accelerator.mixed_precision,
                 "token_logps": per_token,
             }
-            key = fingerprint(
-                self.accelerator.unwrap_model(model or self.model), dataset, settings, with_adapter=model is not None
-            )
+            key = fingerprint(weights, dataset, settings, with_adapter=model is not None)
+        if is_main:  # one rank decides, so that all agree where they share no disk
             path = Path(self.args.reference_cache_dir or Path(self.args.output_dir) / "_reference_cache")
             path = path / f"{key}.safetensors"
             if path.exists():
@@ -75,7 +76,7 @@ class ReadsReferences:
 
             columns = self._over_pairs(dataset, compute, f"Reference pass ({name})")
             columns = {k: v if torch.is_tensor(v) else torch.from_numpy(np.concatenate(v)) for k, v in columns.items()}
-            if self.accelerator.is_main_process:
+            if is_main:
                 save_cache(path, columns, key)
         return columns
 

@@ -26,8 +26,8 @@ from mallowspo.modeling import (
     load_model,
     response_stats,
     share_prompts,
-    whole,
 )
+from mallowspo.partitioned import check_loaded, inference_engine, is_partitioned
 from mallowspo.reference_pass import ReadsReferences, numbered
 from mallowspo.token_weights import weighted_logps
 
@@ -39,7 +39,8 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
 
     Where the reference log-probabilities and entropies come from, in this order: the cache of one pass before training
     if ``args.precompute_ref_log_probs`` or the objective needs the entropies beforehand; ``ref_model``; for a
-    PEFT model the model itself with its adapter off; a frozen copy of the model as it is now.
+    PEFT model the model itself with its adapter off; a frozen copy of the model as it is now. DeepSpeed's ZeRO-3 leaves
+    nothing to copy: there the model is loaded again, also for the pass, and must be given by its name.
 
     Args:
         model: a ``PreTrainedModel`` with a linear head, a ``PeftModel`` of one, or a name or folder to load.
@@ -79,6 +80,7 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
             raise TypeError(f"args must be a MallowsConfig, got {type(args).__name__}")
         set_seed((args or MallowsConfig).seed)  # weights that a checkpoint lacks and an adapter's are drawn at random
         references = list(ref_model) if isinstance(ref_model, list | tuple) else [ref_model]
+        self._loaded_from = model if isinstance(model, str | Path) else None
         model, *references = (m and load_model(m, args and args.model_init_kwargs) for m in (model, *references))
         name = model.config._name_or_path
         args = args or MallowsConfig(output_dir=f"{Path(name).name or 'model'}-{MallowsConfig.loss_type}")
@@ -181,22 +183,48 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         cached = (needs_logps and args.precompute_ref_log_probs) or (
             needs_entropy and (args.dispersion_scale == "auto" or objective.reference_free)
         )
-        if None in references and needs_logps and not cached and not self._is_peft:
-            start = copy.deepcopy(whole(self.model)).requires_grad_(False)
-            references = [model or start for model in references]
-        self.ref_model, *self.other_references = references
-        for reference in (model or self.model for model in references):
-            if reference is not self.model or cached:
-                if next(whole(reference).parameters()).device != args.device:  # FSDP, DeepSpeed leave it on the CPU
-                    self._move_model_to_device(reference, args.device)
         anchor = references[0] or self.model
         self._vocabulary = anchor.get_output_embeddings().out_features  # the weight's shape may be of a shard
+        start = None  # None among the references: the model itself, with its adapter off if it has one
+        if None in references and (is_partitioned(self.model) if cached else needs_logps and not self._is_peft):
+            start = self._callable(self._second_model())
+        references = [model and self._callable(model) for model in references]
+        self.ref_model, *self.other_references = (model or start for model in references)
         if cached:
+            if None in self.references:
+                self._callable(self.model)
             for name, dataset in {id(d): (name, d) for name, d in given.items()}.values():
                 self._prepared_sets[id(dataset)] = dataset, self._with_reference(self._prepared(dataset), name)
+            self.ref_model, *self.other_references = references  # a second model has served
         self.dispersion_scale = self._find_scale() if objective.uses_dispersion else None
         if objective.uses_dispersion:
             logger.info(f"dispersion from {self._source}, dispersion_scale = {self.dispersion_scale:.6g}")
+
+    def _second_model(self):
+        """The model as it is now, frozen: a copy, or loaded again where no rank has the whole of it."""
+        if not is_partitioned(self.model):
+            check_loaded(self.model)
+            return copy.deepcopy(self.model).requires_grad_(False)
+        if self._loaded_from is None:
+            raise ValueError(
+                "ZeRO-3 splits this model over the ranks, which leaves no copy of it to be the reference: pass the "
+                "name of the model instead, to be loaded twice, or pass ref_model"
+            )
+        set_seed(self.args.seed)  # as for the first one
+        model = load_model(self._loaded_from, self.args.model_init_kwargs).requires_grad_(False)
+        attach_token_stats(model)
+        if self.args.disable_dropout:
+            disable_dropout(model)
+        return model
+
+    def _callable(self, model):
+        """The model on its device, or in an engine, so that it can be called before train() prepares it."""
+        if is_partitioned(model):
+            return inference_engine(model, self.accelerator)
+        check_loaded(model)
+        if next(model.parameters()).device != self.args.device:  # FSDP, DeepSpeed leave it on the CPU
+            self._move_model_to_device(model, self.args.device)
+        return model
 
     def _find_scale(self):
         if self.args.dispersion_scale != "auto":
