@@ -43,9 +43,7 @@ class PairLoss(NamedTuple):
     grad_neg_log_dispersion: float
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pure Python: token statistics
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Pure Python: token statistics -----------------------------------------------------------------------------------
 
 
 def _log_softmax(logits: Sequence[float], temperature: float) -> tuple[list[float], float]:
@@ -91,20 +89,14 @@ def token_stats_grad(
 
 
 def neg_log_dispersion(
-    chosen_entropy: float,
-    rejected_entropy: float,
-    num_outcomes: int,
-    scale: float = 1.0,
-    eps: float = ENTROPY_CLAMP,
+    chosen_entropy: float, rejected_entropy: float, num_outcomes: int, scale: float = 1.0, eps: float = ENTROPY_CLAMP
 ) -> float:
     """a = -scale log(Hbar), Hbar the mean of the two entropies (nats) over log(num_outcomes), in [eps, 1 - eps]."""
     normalised = (chosen_entropy + rejected_entropy) / 2 / math.log(num_outcomes)
     return -scale * math.log(min(max(normalised, eps), 1 - eps))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pure Python: the Mallows link with Kendall's distance
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Pure Python: the Mallows link with Kendall's distance -----------------------------------------------------------
 # g(z) = k(z + 1) - k(z) for z > 0, where k(x) = x / (1 - phi^x) = x + b(x) and b(x) = x / (e^(a x) - 1). Hence the
 # losing probability is q(r) = 1 - g(r) = b(r) - b(r + 1), and g(-r) = q(r).
 
@@ -160,9 +152,7 @@ def mallows_log_prob(z: float, a: float, smoothing: float = 1.0) -> tuple[float,
         return float(log_p), float(p_z / p), float(p_a / p)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pure Python: the loss of one pair
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Pure Python: the loss of one pair -------------------------------------------------------------------------------
 
 
 def _logistic(x: float) -> tuple[float, float]:
@@ -319,23 +309,13 @@ def preference_loss(
     options = {"label_smoothing": label_smoothing, "focal_gamma": focal_gamma, "discopop_tau": discopop_tau}
     keep, swap = (1, 0) if link in ("exo", "mallows-exo") else _mixing_weights(label_smoothing, robust)
     win, win_z, win_a = log_likelihood(link, z, neg_log_dispersion, smoothing, **options)
-    flip, flip_z, flip_a = 0.0, 0.0, 0.0
-    if swap:
-        flip, flip_z, flip_a = log_likelihood(link, -z, neg_log_dispersion, smoothing, **options)
+    flip, flip_z, flip_a = log_likelihood(link, -z, neg_log_dispersion, smoothing, **options) if swap else (0.0,) * 3
     grad_margin = beta * (-keep * win_z + swap * flip_z)
-    return PairLoss(
-        loss=-keep * win - swap * flip,
-        chosen_reward=rewards[0],
-        rejected_reward=rewards[1],
-        grad_chosen=grad_margin * slope_w,
-        grad_rejected=-grad_margin * slope_l,
-        grad_neg_log_dispersion=-keep * win_a - swap * flip_a,
-    )
+    loss, on_dispersion = -keep * win - swap * flip, -keep * win_a - swap * flip_a
+    return PairLoss(loss, *rewards, grad_margin * slope_w, -grad_margin * slope_l, on_dispersion)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Plain PyTorch
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Plain PyTorch ---------------------------------------------------------------------------------------------------
 
 
 def torch_token_stats(

@@ -222,7 +222,7 @@ class Experiment:
         return best_and_worst(prompts, *by_prompt)
 
     def adapter(self, method, seed, pairs):
-        """The folder of a trained adapter, with training.json: the last log of training."""
+        """The folder of a trained adapter, with training.json: its last log, {} where it was too short for one."""
         settings = copy.copy(self.training)  # dataclasses.replace would refuse a dispersion_scale beside dpo
         settings.loss_type, settings.seed = method, seed
         settings.reference_cache_dir = str(Path(self.training.output_dir) / "stages" / "reference")
@@ -239,7 +239,7 @@ class Experiment:
             )
             trainer.train()
             trainer.model.save_pretrained(folder)
-            log = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+            log = ([entry for entry in trainer.state.log_history if "loss" in entry] or [{}])[-1]
             (folder / "training.json").write_text(json.dumps(log))
 
         inputs = [self.model_key, matter, self.arguments.lora_rank, pairs]
