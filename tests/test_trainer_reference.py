@@ -287,7 +287,9 @@ def test_weights_that_are_elsewhere_are_refused(tmp_path):
     with pytest.raises(ValueError, match="weights on every rank.*fsdp_cpu_ram_efficient_loading"):
         tiny_trainer(tmp_path, ref_model=tiny_model().to("meta"))  # what FSDP gives all ranks but one
     for options in ({}, {"loss_type": "dpo"}, {"peft_config": lora()}):
-        with pytest.raises(ValueError, match="ZeRO-3 splits this model.*pass the name of the model.*or pass ref_model"):
+        with pytest.raises(
+            ValueError, match="ZeRO-3 splits this model.*pass the name of the model.*or pass ref_model"
+        ):
             tiny_trainer(tmp_path, model=partitioned(), **options)
     tiny_trainer(tmp_path, model=partitioned(), loss_type="dpo", peft_config=lora())
 

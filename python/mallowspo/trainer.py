@@ -39,8 +39,8 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
 
     Where the reference log-probabilities and entropies come from, in this order: the cache of one pass before training
     if ``args.precompute_ref_log_probs`` or the objective needs the entropies beforehand; ``ref_model``; for a
-    PEFT model the model itself with its adapter off; a frozen copy of the model as it is now. DeepSpeed's ZeRO-3 leaves
-    nothing to copy: there the model is loaded again, also for the pass, and must be given by its name.
+    PEFT model the model itself with its adapter off; a frozen copy of the model as it is now. ZeRO-3 leaves nothing to
+    copy: there the model is loaded again, also for the pass, and must be given by its name.
 
     Args:
         model: a ``PreTrainedModel`` with a linear head, a ``PeftModel`` of one, or a name or folder to load.
