@@ -84,6 +84,11 @@ def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
+def is_split(model):
+    """Whether the layers are; FSDP keeps the head of a model that has no backward pass whole after its first use."""
+    return all(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.get_decoder().layers.parameters())
+
+
 def weights_of(model):
     gathered = nullcontext()
     if is_deepspeed_zero3_enabled():
@@ -151,8 +156,8 @@ def run(folder, runs=RUNS, **settings):
         facts = {
             "world": trainer.accelerator.num_processes,
             "engine": trainer.accelerator.distributed_type.value,
-            "split": isinstance(head := trainer.model.get_output_embeddings().weight, DTensor)
-            or hasattr(head, "ds_id"),
+            "split": is_split(trainer.model),
+            "reference split": trainer.ref_model is not None and is_split(trainer.ref_model),
             "scale": trainer.dispersion_scale,
             "columns": {
                 (which, column): trainer._prepared(data)[column][:]

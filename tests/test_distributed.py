@@ -5,6 +5,7 @@ With each file of recipes/accelerate, on the CPU and in full precision.
 
 import importlib.util
 import json
+import math
 
 import distributed_worker
 import numpy as np
@@ -84,12 +85,14 @@ every_run = pytest.mark.parametrize(
 
 
 @every_run
-def test_the_launch_was_what_it_claims(run, engine):
+def test_the_launch_was_what_it_claims(run, engine, name):
     alone, *ranks = run
     assert alone["world"] == 1 and [rank["world"] for rank in ranks] == [2, 2]
     assert alone["engine"] == "NO" and [rank["engine"] for rank in ranks] == [ENGINES[engine]] * 2
     split = engine in ("fsdp2", "deepspeed_zero3")
     assert not alone["split"] and [rank["split"] for rank in ranks] == [split] * 2
+    if name == "copy":
+        assert [rank["reference split"] for rank in ranks] == [split] * 2
 
 
 @every_run
@@ -230,6 +233,8 @@ def test_log_probabilities_are_not_rounded_with_the_layers(run, engine, name):
     alone, *ranks = run
     for rank in ranks:
         assert rank["engine"] == ENGINES[engine]
+        if name == "half":  # a live reference is rounded as the policy is
+            assert rank["before"]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert sum("loss" in log for log in rank["logs"]) == distributed_worker.STEPS
         for column in ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps"):
             found = torch.from_numpy(rank["scores"][column])

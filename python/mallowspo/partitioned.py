@@ -23,13 +23,15 @@ def gathered(tensor):
 
 
 def inference_engine(model, accelerator):
-    """A partitioned model in an engine that calls it, without an optimiser."""
+    """The model in a DeepSpeed engine that calls it, without an optimiser; whole on every rank, unless partitioned."""
     import deepspeed
 
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
     for of_training in ("optimizer", "scheduler"):
         config.pop(of_training, None)
     config["zero_optimization"].pop("offload_optimizer", None)
+    if not is_partitioned(model):
+        config["zero_optimization"]["stage"] = 0
     engine, *_ = deepspeed.initialize(model=model, config=config)
     return engine
 

@@ -116,7 +116,7 @@ def flops(model, batch, rank=0, checkpointing=False, reference=False):
     _, layer, head, _ = model.sizes()
     attended = batch.pairs * (batch.prompt**2 / 2 + 2 * batch.response * (batch.prompt + batch.response / 2))
     layers = model.layers * (2 * layer * batch.tokens + 4 * model.heads * model.head_size * attended)
-    products = (2 if rank else 4) + reference  # of scored states and head: a trained one computes most logits again
+    products = (2 if rank else 3) + reference  # of scored states and head
     return layers * ((2 if rank else 3) + checkpointing + reference) + products * 2 * head * batch.scored
 
 
@@ -133,7 +133,7 @@ def report(model, batch, gpus, rank):
     again = f"{(flops(model, batch, reference=True) - flops(model, batch)) / FLOPS:.2f}"
     changes = [["instead", "GB more", "s more"]]
     for t, b in (("float32", 4), ("bfloat16", 2)):
-        changes.append([f"a live {t} copy as the reference", f"{b * model.sizes()[0] / 1e9:.1f}", again])
+        changes.append([f"a live {t} reference, whole on every rank", f"{b * model.sizes()[0] / 1e9:.1f}", again])
     for t, count in (("the scored positions", batch.scored), ("all positions of padded rows", batch.padded)):
         changes.append([f"logits of {t}", f"{10 * model.vocab * count / 1e9:.1f}", "-"])
     tables = ([lines[0], ["---"] * len(lines[0]), *lines[1:]] for lines in (rows, changes))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, fsdp2_prepare_model
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 
@@ -187,12 +187,12 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         self._vocabulary = anchor.get_output_embeddings().out_features  # the weight's shape may be of a shard
         start = None  # None among the references: the model itself, with its adapter off if it has one
         if None in references and (is_partitioned(self.model) if cached else needs_logps and not self._is_peft):
-            start = self._callable(self._second_model())
-        references = [model and self._callable(model) for model in references]
+            start = self._callable(self._second_model(), not cached)
+        references = [model and self._callable(model, not cached) for model in references]
         self.ref_model, *self.other_references = (model or start for model in references)
         if cached:
             if None in self.references:
-                self._callable(self.model)
+                self._callable(self.model, False)
             for name, dataset in {id(d): (name, d) for name, d in given.items()}.values():
                 self._prepared_sets[id(dataset)] = dataset, self._with_reference(self._prepared(dataset), name)
             self.ref_model, *self.other_references = references  # a second model has served
@@ -217,11 +217,13 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
             disable_dropout(model)
         return model
 
-    def _callable(self, model):
-        """The model on its device, or in an engine, so that it can be called before train() prepares it."""
-        if is_partitioned(model):
+    def _callable(self, model, for_good):
+        """The model, ready to be called; a reference that stays is sharded and rounded as the policy will be."""
+        if is_partitioned(model) or (for_good and self.is_deepspeed_enabled):
             return inference_engine(model, self.accelerator)
         check_loaded(model)
+        if for_good and self.is_fsdp_enabled and self.accelerator.is_fsdp2:
+            return fsdp2_prepare_model(self.accelerator, model)
         if next(model.parameters()).device != self.args.device:  # FSDP, DeepSpeed leave it on the CPU
             self._move_model_to_device(model, self.args.device)
         return model
