@@ -176,6 +176,19 @@ def test_no_gradient_is_written_over_logits_that_are_still_needed(sizes, chunk_t
         torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(("tokens", "lost"), [(512, 0), (4096, 0), (16384, 0.8)])
+def test_the_head_of_an_8b_model_on_an_accelerator(tokens, lost):
+    """Within the budget there, with nothing computed again up to as many tokens as a hidden state has numbers."""
+    hidden, weight = (torch.empty(n, 4096, dtype=torch.bfloat16, device="meta") for n in (tokens, 128256))
+    labels, budget = torch.empty(tokens, dtype=torch.long, device="meta"), F.MEMORY_BUDGET["cuda"]
+    layout = linear._layout([hidden], [weight], labels, -100, None, budget, False, True, True, False)
+    slots, gradient = layout.memory(hidden, weight, True)
+    assert slots.nbytes <= budget and gradient.shape == weight.shape
+    parts = [(i, j) for i in range(len(layout.chunks)) for j in range(len(layout.tiles))]
+    assert sum(layout.is_lost(*part) for part in parts) <= lost * len(parts)
+    assert sum(layout.place(slots, gradient, *part).numel() for part in parts) == tokens * len(weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("trained", [["hidden"], ["hidden", "weight", "bias"]], ids="+".join)
 @pytest.mark.parametrize("columns", [5, V])

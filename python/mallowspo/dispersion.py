@@ -24,7 +24,7 @@ from mallowspo import functional as F
 from mallowspo.collator import pad
 from mallowspo.files import write_whole
 from mallowspo.modeling import attach_token_stats, evaluating, sequence_stats
-from mallowspo.partitioned import gathered
+from mallowspo.sharded import gathered
 
 # An agreement of 1 would mean a = infinity; a panel cannot tell more than this anyway.
 AGREEMENT_CEILING = 0.99

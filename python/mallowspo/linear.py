@@ -32,6 +32,10 @@ CHUNK_TOKENS = 2048
 # Bytes of a tile on the CPU, where it should stay in the last level of the cache.
 CPU_TILE = 8 * 2**20
 
+# Elsewhere, where the logits are to stay: of smaller tiles the weight's gradient holds more; with larger ones the
+# hidden gradient is read and written fewer times.
+KEPT_TILE = 64 * 2**20
+
 
 class LinearTokenStatsFunction(torch.autograd.Function):
     """(hidden [N, D], weight [V, D], down [N, r] and up [V, r] or None twice, bias [V] or None, labels [N]) ->
@@ -258,7 +262,7 @@ def _layout(lefts, rights, labels, ignore_index, chunk_tokens, budget, caps, kee
     column, capped = n * item, 3 * n * total * caps
     summed = depth * (item + 2 * total) * (wants_rights and is_narrow and len(chunks) > 1)
 
-    most = min(room, CPU_TILE) if on_cpu else room
+    most = min(room, CPU_TILE if on_cpu else KEPT_TILE if keeps_logits else room)
     slots = -(-room // most) if keeps_logits and room > 0 else 1
     width = max(1, min(most // (column + capped), room // (slots * column + capped + summed)))
     # Tiles of nearly one size, and of whole cache lines: products whose rows end within one are a quarter slower.

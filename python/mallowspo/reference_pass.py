@@ -14,7 +14,7 @@ from mallowspo import _C
 from mallowspo.data import REFERENCE_COLUMNS, TOKEN_REFERENCE_COLUMNS, scored_tokens
 from mallowspo.dispersion import fingerprint, load_cache, save_cache
 from mallowspo.modeling import ResponseStats, evaluating, response_stats, without_adapter
-from mallowspo.partitioned import is_partitioned
+from mallowspo.sharded import is_partitioned
 
 logger = logging.get_logger(__name__)
 

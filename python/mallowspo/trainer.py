@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, fsdp2_prepare_model
+from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 
@@ -27,8 +27,8 @@ from mallowspo.modeling import (
     response_stats,
     share_prompts,
 )
-from mallowspo.partitioned import check_loaded, inference_engine, is_partitioned
 from mallowspo.reference_pass import ReadsReferences, numbered
+from mallowspo.sharded import check_loaded, fully_sharded, inference_engine, is_partitioned
 from mallowspo.token_weights import weighted_logps
 
 logger = logging.get_logger(__name__)
@@ -223,7 +223,7 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
             return inference_engine(model, self.accelerator)
         check_loaded(model)
         if for_good and self.is_fsdp_enabled and self.accelerator.is_fsdp2:
-            return fsdp2_prepare_model(self.accelerator, model)
+            return fully_sharded(model, self.accelerator)
         if next(model.parameters()).device != self.args.device:  # FSDP, DeepSpeed leave it on the CPU
             self._move_model_to_device(model, self.args.device)
         return model

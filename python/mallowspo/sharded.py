@@ -1,11 +1,13 @@
-"""Models whose weights are not on every rank: parted by DeepSpeed's ZeRO-3 as they are loaded, or still without any.
+"""Reference models whose weights are shared out over the ranks, as FSDP2 and DeepSpeed do it to the model in training.
 
-DeepSpeed marks a weight that it has parted with ``ds_id``. Its engine brings the whole weights back around the call of
-each module, for a reference as for the model that it trains.
+ZeRO-3 parts the weights of a model as they are loaded, and marks each with ``ds_id``; FSDP2 parts those of a model
+that is whole. Either brings them back around the call of each module, for a reference as for the policy.
 """
 
 import copy
 from contextlib import nullcontext
+
+from accelerate.utils import fsdp2_prepare_model
 
 
 def is_partitioned(model):
@@ -23,7 +25,7 @@ def gathered(tensor):
 
 
 def inference_engine(model, accelerator):
-    """The model in a DeepSpeed engine that calls it, without an optimiser; whole on every rank, unless partitioned."""
+    """The model in a DeepSpeed engine without an optimiser; whole on every rank, unless it is partitioned."""
     import deepspeed
 
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
@@ -34,6 +36,16 @@ def inference_engine(model, accelerator):
         config["zero_optimization"]["stage"] = 0
     engine, *_ = deepspeed.initialize(model=model, config=config)
     return engine
+
+
+def fully_sharded(model, accelerator):
+    """The model, parted by FSDP2 as the accelerator's plugin says."""
+    plugin = accelerator.state.fsdp_plugin
+    before = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+    model = fsdp2_prepare_model(accelerator, model)
+    # It has learned the names of this model's layers, which the policy's may not have.
+    plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = before
+    return model
 
 
 def check_loaded(model):
