@@ -19,7 +19,7 @@ from tiny import lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, training_args
+from transformers import AutoModelForCausalLM, TrainerCallback, training_args
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from mallowspo.callbacks import GenerationSamples
@@ -37,10 +37,10 @@ RUNS = {
     "one pair": {"eval_rows": 1, "rows": 1},
     "tokens": {"eval_rows": 3, "rows": 21, "loss_type": "mallows-theta+sampo+bmc"},
     "several": {"eval_rows": 5, "rows": 21, "loss_type": "mrpo", "references": 2, "precompute_ref_log_probs": True},
+    "no reference": {"eval_rows": 3, "rows": 21, "loss_type": "simpo"},
 }
-SHARDED_RUNS = dict.fromkeys(
-    ("fsdp2", "deepspeed_zero2", "deepspeed_zero3"), ("cached", "adapter", "copy", "tokens", "several")
-)
+SHARDED = ("fsdp2", "deepspeed_zero2", "deepspeed_zero3")
+SHARDED_RUNS = ("cached", "adapter", "copy", "tokens", "several", "no reference")
 HALF = {  # layers in bfloat16
     "half": {"eval_rows": 5, "rows": 24, "loss_type": "dpo"},
     "half cached": {"eval_rows": 5, "rows": 24},
@@ -56,7 +56,7 @@ def launch(config, *arguments, processes=2):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    if config in SHARDED_RUNS:
+    if config in SHARDED:
         environment |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(RECIPES / f"{config}.yaml")]
     command += ["--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0", __file__]
@@ -266,11 +266,15 @@ def main(what, folder, *checkpoint):
         options = {"use_cpu": False}
         if what == "deepspeed_zero3":  # by name: sharded from the moment it is loaded
             options["model"] = saved_model(folder)
-        if what in SHARDED_RUNS:
-            run(folder, {name: RUNS[name] for name in SHARDED_RUNS[what]}, **options)
+        if what in SHARDED:
+            run(folder, {name: RUNS[name] for name in SHARDED_RUNS}, **options)
             training_args.is_torch_bf16_gpu_available = lambda: True
             run(folder, HALF, bf16=True, **options)
-        if what in SHARDED_RUNS:
+        if what == "deepspeed_zero3":
+            loaded = AutoModelForCausalLM.from_pretrained(options["model"])
+            with pytest.raises(ValueError, match="ZeRO-3 splits this model.*pass the name of the model"):
+                tiny_trainer(folder / "refused", **options | {"model": loaded})
+        if what in SHARDED:
             resumable(folder, "saved", **options)
         resumable(folder, "resumed", *checkpoint, **options)
 

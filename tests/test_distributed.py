@@ -79,7 +79,7 @@ every_run = pytest.mark.parametrize(
     "engine, name",
     of_engines(
         *(("ddp", name) for name in distributed_worker.RUNS),
-        *((engine, name) for engine, names in distributed_worker.SHARDED_RUNS.items() for name in names),
+        *((engine, name) for engine in distributed_worker.SHARDED for name in distributed_worker.SHARDED_RUNS),
     ),
 )
 
@@ -166,7 +166,7 @@ def test_scores_are_those_of_one_process(run):
     "engine, name",
     of_engines(
         *(("ddp", name) for name in distributed_worker.RUNS),
-        *(("deepspeed_zero2", name) for name in distributed_worker.SHARDED_RUNS["deepspeed_zero2"]),
+        *(("deepspeed_zero2", name) for name in distributed_worker.SHARDED_RUNS),
     ),
 )
 def test_generated_samples_are_those_of_one_process(folder, engine, name):
@@ -226,7 +226,7 @@ def test_a_sharded_checkpoint_is_also_a_model(folder, engine):
 
 @pytest.mark.parametrize(
     "engine, name",
-    of_engines(*((engine, name) for engine in distributed_worker.SHARDED_RUNS for name in distributed_worker.HALF)),
+    of_engines(*((engine, name) for engine in distributed_worker.SHARDED for name in distributed_worker.HALF)),
 )
 def test_log_probabilities_are_not_rounded_with_the_layers(run, engine, name):
     """What FSDP's mixed precision does to all that a model returns, and DeepSpeed to all that it is given."""

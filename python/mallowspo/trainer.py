@@ -1,6 +1,7 @@
 """MallowsTrainer: transformers.Trainer for preference pairs with a dispersion-weighted loss."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -106,9 +107,7 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
 
         self._is_peft = hasattr(model, "get_base_model")
         for m in filter(None, (model, *references)):
-            attach_token_stats(m)
-            if args.disable_dropout:
-                disable_dropout(m)
+            self._taught(m, args)
         if self._is_peft and args.gradient_checkpointing:
             model.enable_input_require_grads()  # else a checkpointed block sees no input that needs a gradient
         for reference in filter(None, references):
@@ -185,14 +184,15 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         )
         anchor = references[0] or self.model
         self._vocabulary = anchor.get_output_embeddings().out_features  # the weight's shape may be of a shard
-        start = None  # None among the references: the model itself, with its adapter off if it has one
+        ready, start = partial(self._ready, for_good=not cached), None
+        # None among the references: the model itself, with its adapter off if it has one.
         if None in references and (is_partitioned(self.model) if cached else needs_logps and not self._is_peft):
-            start = self._callable(self._second_model(), not cached)
-        references = [model and self._callable(model, not cached) for model in references]
+            start = ready(self._second_model())
+        references = [model and ready(model) for model in references]
         self.ref_model, *self.other_references = (model or start for model in references)
         if cached:
             if None in self.references:
-                self._callable(self.model, False)
+                ready(self.model)
             for name, dataset in {id(d): (name, d) for name, d in given.items()}.values():
                 self._prepared_sets[id(dataset)] = dataset, self._with_reference(self._prepared(dataset), name)
             self.ref_model, *self.other_references = references  # a second model has served
@@ -211,13 +211,17 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
                 "name of the model instead, to be loaded twice, or pass ref_model"
             )
         set_seed(self.args.seed)  # as for the first one
-        model = load_model(self._loaded_from, self.args.model_init_kwargs).requires_grad_(False)
+        model = load_model(self._loaded_from, self.args.model_init_kwargs)
+        return self._taught(model, self.args).requires_grad_(False)
+
+    @staticmethod
+    def _taught(model, args):
         attach_token_stats(model)
-        if self.args.disable_dropout:
+        if args.disable_dropout:
             disable_dropout(model)
         return model
 
-    def _callable(self, model, for_good):
+    def _ready(self, model, for_good):
         """The model, ready to be called; a reference that stays is sharded and rounded as the policy will be."""
         if is_partitioned(model) or (for_good and self.is_deepspeed_enabled):
             return inference_engine(model, self.accelerator)

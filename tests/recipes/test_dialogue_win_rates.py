@@ -140,13 +140,19 @@ def test_a_reward_model_is_measured_from_the_human_reply(tmp_path, model_type, t
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
-    judge = judges.load_judge(folder)
+
+    def load():  # in float64: a batch is rounded otherwise than a row
+        judge = judges.load_judge(folder)
+        judge._model.double()
+        return judge
+
+    judge = load()
     prompts = ["red cat", [{"role": "user", "content": "red cat"}]] * 2
     scores = judge.scores(prompts, ["blue"] * 4, ["blue", "blue", "green dog one two", "green dog one two"])
-    assert scores[:2] == pytest.approx([0, 0], abs=1e-5)
-    assert scores[2] == pytest.approx(scores[3], abs=1e-5) != 0  # padding and the form of the prompt do not matter
-    (alone,) = judges.load_judge(folder).scores(prompts[:1], ["blue"], ["green dog one two"])
-    assert alone == pytest.approx(scores[2], abs=1e-5)
+    assert scores[:2] == pytest.approx([0, 0], abs=1e-6)
+    assert scores[2] == pytest.approx(scores[3], abs=1e-6) != 0  # padding and the form of the prompt do not matter
+    (alone,) = load().scores(prompts[:1], ["blue"], ["green dog one two"])
+    assert alone == pytest.approx(scores[2], abs=1e-6)
     wins = judge.preferences(prompts[:3], ["blue"] * 3, ["green dog one two", "blue", "red"], ["blue", "blue", "red"])
     assert wins == [float(scores[2] > 0), 0.5, 0.5]
 
