@@ -1,5 +1,6 @@
 """The native build: what it decides, what it refuses, and that the CUDA kernels compile, link and register."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -132,6 +133,42 @@ def test_cuda_kernels_compile_link_and_register(tmp_path):
     result = run([sys.executable, "-c", code], PYTHONPATH=str(tmp_path / "mallowspo"))
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["80-real", "90"]
+
+
+def test_device_tests_are_rehearsed():
+    """Without a GPU the device's tests at least go through every call they make, with the CPU in its place."""
+    tests = [ROOT / "tests" / "test_cuda.py", "-m", "cuda", "-k", "not widths", "-q", "-p", "no:cacheprovider"]
+    result = run([sys.executable, "-m", "pytest", *tests], MALLOWSPO_CUDA_TESTS_ON="cpu")
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_stream_of_torch_is_found(tmp_path):
+    """Python loads a library so that nobody else sees its names; a CUDA torch, or a stand-in for it, must be found all the same."""
+    (tmp_path / "probe.cpp").write_text(
+        '#include "cuda/stream.h"\n'
+        'extern "C" void* found() { return reinterpret_cast<void*>(mallowspo::cuda::find_current_stream()); }\n'
+    )
+    (tmp_path / "stub.cpp").write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 0; }\n')
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    compiler = [os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"), "-std=c++17", "-shared", "-fPIC"]
+    probe, stub = tmp_path / "probe.so", tmp_path / "libtorch_cuda.so"
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{torch / 'include'}"]
+    for command in (
+        [*compiler, *includes, tmp_path / "probe.cpp", "-ldl", "-o", probe],
+        [*compiler, tmp_path / "stub.cpp", "-Wl,-soname,libtorch_cuda.so", "-o", stub],
+    ):
+        result = run(command)
+        assert result.returncode == 0, result.stderr
+    code = (
+        "import ctypes, torch\n"
+        f"probe = ctypes.CDLL('{probe}')\n"
+        "probe.found.restype = ctypes.c_void_p\n"
+        "assert bool(probe.found()) == (torch.version.cuda is not None)\n"
+        f"stub = torch.version.cuda or ctypes.CDLL('{stub}', mode=ctypes.RTLD_LOCAL)\n"
+        "assert probe.found()\n"
+    )
+    result = run([sys.executable, "-c", code])
+    assert result.returncode == 0, result.stderr
 
 
 ARM_COMPILER = shutil.which("aarch64-linux-gnu-g++")

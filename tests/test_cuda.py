@@ -1,6 +1,7 @@
 """The CUDA kernels against those of the CPU, which the other files test."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -10,13 +11,16 @@ import torch
 from mallowspo import _C, reference
 from mallowspo import functional as F
 
-DEVICE = "cuda"
-if not F.HAS_CUDA_KERNELS:
+DEVICE = os.environ.get("MALLOWSPO_CUDA_TESTS_ON", "cuda")  # "cpu" is for test_build.py's rehearsal
+if DEVICE != "cuda":
+    why_not = None
+elif not F.HAS_CUDA_KERNELS:
     why_not = f"mallowspo was built without CUDA kernels ({_C.build['cuda']})"
 else:
     why_not = None if torch.cuda.is_available() else "torch finds no CUDA device"
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(why_not is not None, reason=why_not or "")]
 
+of_the_device = pytest.mark.skipif(DEVICE != "cuda", reason="of CUDA, not of the numbers")
 dtypes = pytest.mark.parametrize("dtype", F.DTYPES)
 VIEWS = {
     "contiguous": lambda x: x,
@@ -214,6 +218,7 @@ def test_mallows_log_prob(dtype, smoothing):
     assert_same(on_both_devices(function, *every_pair), roundings=30)
 
 
+@of_the_device
 def test_a_bad_dispersion_makes_its_own_pair_nan():
     dispersion = torch.tensor([0.5, -0.5, math.nan, math.inf, 0.0], device=DEVICE)
     logps = torch.zeros(5, device=DEVICE)
@@ -233,6 +238,7 @@ def test_same_bits_every_time(dtype, shape):
         assert_same_bits(stats_and_gradient(*case), first)
 
 
+@of_the_device
 @shapes
 def test_runs_on_the_current_stream(shape):
     """On a side stream that is still busy producing the logits, the kernels have to wait for them."""
@@ -256,6 +262,7 @@ def pair_results(logps, dispersion):
     return losses.detach(), log_probs.detach(), *torch.autograd.grad((losses + log_probs).sum(), (logps, dispersion))
 
 
+@of_the_device
 @dtypes
 @shapes
 def test_graph_capture_and_replay(dtype, shape):
@@ -283,6 +290,7 @@ def test_graph_capture_and_replay(dtype, shape):
         assert_same_bits(captured, expected)
 
 
+@of_the_device
 @shapes
 def test_nothing_waits_for_the_device(shape):
     case = on_gpu(torch.bfloat16, shape)
@@ -320,14 +328,21 @@ def test_backward_in_place(dtype, shape):
 def test_tiles_of_the_vocabulary(dtype, width, shape):
     """A tile's own rows are cut into parts too where they are few and wide enough."""
     logits, labels, _ = on_gpu(dtype, shape)
-    state = torch.zeros(4, len(labels), dtype=result_dtype(dtype), device=DEVICE)
-    state[0] = torch.finfo(state.dtype).min
-    for first in range(0, shape[1], width):
-        tile = logits[:, first : first + width]
-        torch.ops.mallowspo.token_stats_tile(state, tile, labels, first, shape[1], -100, 0.7)
-    row_max, log_sum, entropy, logps = state
     whole = torch.ops.mallowspo.token_stats(logits, labels, -100, 0.7)
-    assert_same([[x.cpu() for x in whole], [x.cpu() for x in (logps, entropy, row_max, log_sum)]])
+    for device, numerators in ((DEVICE, False), ("cpu", True), (DEVICE, True)):
+        overwritten, on = logits.to(device, copy=True), labels.to(device)
+        state = torch.zeros(4, len(labels), dtype=result_dtype(dtype), device=device)
+        state[0] = torch.finfo(state.dtype).min
+        for first in range(0, shape[1], width):
+            tile = overwritten[:, first : first + width]
+            torch.ops.mallowspo.token_stats_tile(state, tile, on, first, shape[1], -100, 0.7, numerators)
+        row_max, log_sum, entropy, logps = state.cpu()
+        assert_same([[x.cpu() for x in whole], [logps, entropy, row_max, log_sum]])
+        if not numerators:
+            assert_same_bits([overwritten], [logits])
+        elif device == "cpu":
+            expected = overwritten
+    assert_same([[expected], [overwritten.cpu()]])
 
 
 def test_offsets_beyond_32_bits():
@@ -347,6 +362,7 @@ def test_runs_on_the_device_of_its_tensors():
     torch.testing.assert_close(stats.logps.cpu(), F.token_stats(logits.cpu(), labels.cpu()).logps)
 
 
+@of_the_device
 def test_two_devices_are_refused():
     logits, labels = logits_and_labels(torch.float32)
     with pytest.raises(ValueError, match="move to one device: logits is on cuda:0, labels is on cpu"):
@@ -358,6 +374,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.mallowspo.token_stats, (logits, labels, -100, 1.0))
 
 
+@of_the_device
 def test_a_label_outside_the_vocabulary_stops_the_process():
     code = (
         "import torch; from mallowspo import functional as F; "

@@ -8,13 +8,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/headeronly/util/Exception.h>
 
-// Only a torch with CUDA defines it. The weak reference lets one library also load where torch has none; no CUDA tensor
-// can reach a kernel there.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                  void** ret_stream);
+#include "stream.h"
 
 namespace mallowspo::cuda {
 
@@ -36,10 +32,10 @@ __device__ inline float larger_or_nan(float x, float y) {
 inline cudaStream_t current_stream() {
   int device = 0;
   STD_TORCH_CHECK(cudaGetDevice(&device) == cudaSuccess, "no current CUDA device");
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+  static const CurrentStream current = find_current_stream();
+  STD_TORCH_CHECK(current != nullptr, "this torch was built without CUDA");
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
-                  "torch has no current CUDA stream");
+  STD_TORCH_CHECK(current(device, &stream) == AOTI_TORCH_SUCCESS, "torch has no current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
 

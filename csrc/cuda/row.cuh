@@ -99,12 +99,16 @@ __device__ Running<A> merged_over_warp(Running<A> a) {
   return a;
 }
 
+template <int count, class A>
+__device__ void scale(A (&l)[count], A inverse_temperature) {
+  if (inverse_temperature != 1)
+    for (A& x : l) x = product(x, inverse_temperature);
+}
+
 // Adds `count` logits of every lane. The warp shares one maximum: it then grows a few times a row, not for some lane at
 // almost every step. The logits are summed up among themselves first, which keeps the rounding errors small.
 template <int count, class A>
-__device__ void add(Running<A>& warp, A (&l)[count], A inverse_temperature) {
-  if (inverse_temperature != 1)
-    for (A& x : l) x = product(x, inverse_temperature);
+__device__ void add(Running<A>& warp, const A (&l)[count]) {
   A top = warp.m;
   for (const A x : l) top = fmax(top, x);
   if (__any_sync(whole_warp, top > warp.m)) {
@@ -153,17 +157,21 @@ __device__ Running<acc_t<T>> row_sums(const T* row, int64_t vocab, acc_t<T> inve
     for (int u = 0; u < group; ++u) loaded[u] = vectors[first + u * threads + threadIdx.x];
     A l[group * lanes];
     for (int u = 0; u < group; ++u) unpack<T>(loaded[u], l + u * lanes);
-    add(mine, l, inverse_temperature);
+    scale(l, inverse_temperature);
+    add(mine, l);
   }
   for (; first < part.end; first += threads) {
     A l[lanes];
     for (A& x : l) x = none;
-    if (first + threadIdx.x < part.end) unpack<T>(vectors[first + threadIdx.x], l);
-    add(mine, l, inverse_temperature);
+    if (first + threadIdx.x < part.end) {
+      unpack<T>(vectors[first + threadIdx.x], l);
+      scale(l, inverse_temperature);
+    }
+    add(mine, l);
   }
   if (part.any_loose) {
-    A l[1] = {part.loose < vocab ? widen(row[part.loose]) : none};
-    add(mine, l, inverse_temperature);
+    A l[1] = {part.loose < vocab ? product(widen(row[part.loose]), inverse_temperature) : none};
+    add(mine, l);
   }
 
   __shared__ Running<A> per_warp[warps];

@@ -139,6 +139,7 @@ struct RowGradient {
         unpack<T>(units[u], x);
         for (A& each : x) each = (*this)(each);
         if (at + u * step == label_unit)
+#pragma unroll  // with i known, x stays in registers
           for (int i = 0; i < count; ++i)
             if (i == label_place) x[i] = numerators ? A(0) : x[i] + g_logp;
         T narrowed[count];
