@@ -54,6 +54,8 @@ WRONG_TYPES = [
     refused(TypeError, "bias must be a torch.Tensor, got float", linear, bias=0.5),
     refused(TypeError, "down must be a torch.Tensor, got NoneType", linear, low_rank=(None, WEIGHT)),
     refused(TypeError, "down is float32, up is float64", linear, low_rank=(HIDDEN, WEIGHT.double())),
+    refused(TypeError, "low_rank must be a pair .*got Tensor", linear, low_rank=HIDDEN),
+    refused(TypeError, "low_rank must be a pair .*got tuple", linear, low_rank=(HIDDEN,)),
     refused(TypeError, "hidden is float32, weight is bfloat16", linear, HIDDEN, WEIGHT.bfloat16()),
     refused(TypeError, "weight is float32, bias is float64", linear, bias=BIAS.double()),
     refused(TypeError, "chosen_entropy must be a torch.Tensor, got float", dispersion, 0.3),

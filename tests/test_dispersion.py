@@ -212,9 +212,10 @@ def test_log_odds_that_cannot_be_a_dispersion():
 @given(st.lists(st.floats(1e-6, 14.0), min_size=1, max_size=20))
 def test_calibrated_scale_makes_the_mean_factor_one(values):
     assert np.mean(2 * calibrated_scale(values) * np.array(values)) == pytest.approx(1, rel=1e-12)
+    assert calibrated_scale(torch.tensor(values, dtype=torch.float64)) == calibrated_scale(values)
 
 
-@pytest.mark.parametrize("values", [[0.0, 0.0], [np.nan, 1.0]])
+@pytest.mark.parametrize("values", [[0.0, 0.0], [np.nan, 1.0], [np.inf, 1.0]])
 def test_a_scale_that_cannot_be_calibrated(values):
     with pytest.raises(ValueError, match="cannot calibrate.*give a number"):
         calibrated_scale(np.array(values))

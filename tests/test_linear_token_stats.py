@@ -221,6 +221,26 @@ def test_a_low_rank_change_costs_no_product_for_the_frozen_weight(budget, backwa
     assert products(lambda: results[0].logps.backward(grad)) == pytest.approx(backward * (1 + 1 / 2) + 1 / 2)
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, 4])
+def test_a_low_rank_change_by_the_head_itself(chunk_tokens):
+    """One tensor as both right factors: its two gradients add up."""
+    hidden, weight, _, labels, grads = head_inputs(torch.float64)
+    down = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
+    stats = F.linear_token_stats(hidden, weight, labels, low_rank=(down, weight), chunk_tokens=chunk_tokens)
+    expected = materialised(hidden + down, weight, labels)
+    leaves = hidden, weight, down
+    for actual, right in zip(*(torch.autograd.grad(x, leaves, grads) for x in (stats, expected)), strict=True):
+        torch.testing.assert_close(actual, right, rtol=1e-13, atol=1e-13)
+
+
+def test_a_low_rank_change_of_rank_0_is_none():
+    hidden, weight, bias, labels, grads = head_inputs(torch.float32)
+    nothing = torch.zeros(N, 0, requires_grad=True), torch.zeros(V, 0, requires_grad=True)
+    expected = with_gradients(F.linear_token_stats, hidden, weight, bias, labels, grads)
+    actual = with_gradients(F.linear_token_stats, hidden, weight, bias, labels, grads, low_rank=nothing)
+    assert all(torch.equal(one, two) for one, two in zip(actual, expected, strict=True))
+
+
 def test_no_gradient_is_prepared_without_grad_mode():
     hidden, weight, _, labels, _ = head_inputs(torch.float32)
     weight.requires_grad_(False)

@@ -234,6 +234,36 @@ def test_compile_with_inductor():
     assert_equals_eager(bandit_step, torch.compile(bandit_step, fullgraph=True), pairs=5)
 
 
+def tiled_heads(hidden, weight, labels, _ref_logps, dispersion):
+    """Several tiles and chunks of every kind of head: inductor moves reads of a tensor that an operator changes."""
+    total = dispersion.sum()
+    for head in (weight, weight.detach()):
+        for softcap in (None, 5.0):
+            stats = F.linear_token_stats(hidden, head, labels, softcap=softcap, chunk_tokens=4, memory_budget=500)
+            total = total + stats.logps.sum() + stats.entropy.square().sum()
+            total = total + F.linear_token_stats(hidden, head, labels, softcap=softcap, memory_budget=500).logps.sum()
+    return total + F.linear_token_stats(hidden, weight.detach(), labels, low_rank=(hidden, weight)).logps.sum()
+
+
+def test_compile_tiles_with_inductor():
+    torch._dynamo.reset()
+    assert_equals_eager(tiled_heads, torch.compile(tiled_heads, fullgraph=True), pairs=5)
+
+
+def test_compiled_code_leaves_the_logits():
+    """Inductor's in-place write would reach them without the error that it is owed."""
+    logits, labels = logits_and_labels()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: F.token_stats(x, labels, inplace_backward=True).logps.sum(), fullgraph=True)
+    results = []
+    for function in (compiled, lambda x: F.token_stats(x, labels).logps.sum()):
+        own = logits.detach().clone().requires_grad_()
+        shared = own * 1
+        other = shared.logsumexp(-1).square().sum()
+        results += torch.autograd.grad(function(shared) + other, own)
+    torch.testing.assert_close(*results)
+
+
 def test_one_graph_serves_every_batch_size():
     graphs = []
 

@@ -347,6 +347,7 @@ REFUSED = [
     ({"clip_rejected": True, "label_smoothing": 0.1}, "clip_rejected .* label_smoothing"),
     ({"link": "nca", "gamma": 0.1}, "gamma=0.1 changes a margin, and the link 'nca' has none"),
     ({"link": "bco", "label_smoothing": 0.1}, "label_smoothing=0.1 changes a margin, and the link 'bco'"),
+    ({"link": "sppo", "robust": True}, "robust=True changes a margin, and the link 'sppo'"),
     ({"link": "sppo", "clip_rejected": True}, "clip_rejected=True changes a margin, and the link 'sppo'"),
     ({"link": "apo-zero", "divergence": "js"}, "divergence='js' changes a margin, and the link 'apo-zero'"),
     ({"link": "exo"}, "link 'exo' reads label_smoothing .* got 0.0 and False"),

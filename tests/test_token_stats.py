@@ -377,7 +377,14 @@ def test_logits_read_after_an_inplace_backward_are_refused():
             late.backward()
 
 
-@pytest.mark.parametrize("view", [lambda x: x.T, lambda x: x[:1].expand(40, 40)], ids=["transposed", "expanded"])
+SHARED = {
+    "transposed": lambda x: x.T,
+    "expanded": lambda x: x[:1].expand(40, 40),
+    "overlapping": lambda x: x.flatten()[:79].unfold(0, 40, 1),
+}
+
+
+@pytest.mark.parametrize("view", SHARED.values(), ids=SHARED)
 def test_inplace_backward_needs_memory_of_its_own(view):
     with pytest.raises(ValueError, match="inplace_backward needs logits with a contiguous last dimension"):
         F.token_stats(view(torch.zeros(40, 40)), torch.zeros(40, dtype=torch.int64), inplace_backward=True)

@@ -38,3 +38,13 @@ def check_alike(**tensors):
         raise ValueError("shapes must agree: " + ", ".join(f"{n} is {list(t.shape)}" for n, t in tensors.items()))
     check_same_dtype(**tensors)
     check_same_device(**tensors)
+
+
+def may_overlap(tensor):
+    """Whether two entries may lie in one place; False is certain."""
+    reach = 0  # of the entries along the dimensions so far
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False

@@ -72,7 +72,7 @@ def operator_settings(
 
     if link not in MARGIN_LINKS:
         given = {"gamma": gamma, "label_smoothing": label_smoothing, "clip_rejected": clip_rejected}
-        for name, value in (given | {"divergence": divergence}).items():
+        for name, value in (given | {"robust": robust, "divergence": divergence}).items():
             if value != PAIR_CHOICES[name]:
                 raise ValueError(f"{name}={value!r} changes a margin, and the link {link!r} has none; leave it out")
     if focal_gamma and link not in PROBABILITY_LINKS:

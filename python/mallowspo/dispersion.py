@@ -191,10 +191,11 @@ def calibrated_scale(neg_log_dispersion):
     """The scale at which the theta factor 2a has mean 1 over the training set; beta then means what it does in DPO.
 
     Args:
-        neg_log_dispersion: [B] unscaled values. Raises ValueError where all are zero.
+        neg_log_dispersion: [B] unscaled values, an array or a tensor. Raises ValueError where all are zero, or one is
+            not finite.
     """
-    mean = float(np.mean(neg_log_dispersion))
-    if not mean > 0:
+    mean = float(np.mean(np.asarray(neg_log_dispersion, dtype=np.float64)))
+    if not 0 < mean < np.inf:
         raise ValueError(
             f"cannot calibrate the dispersion scale: the mean neg-log dispersion is {mean}; give a number"
         )

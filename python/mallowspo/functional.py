@@ -14,13 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from mallowspo.autograd import (
-    MallowsLogProbFunction,
-    PreferenceLossFunction,
-    TokenStatsFunction,
-    accumulator_dtype,
-)
-from mallowspo.checks import DTYPES, check_alike, check_same_device, check_same_dtype, check_tensor
+from mallowspo.autograd import MallowsLogProbFunction, PreferenceLossFunction, TokenStatsFunction, accumulator_dtype
+from mallowspo.checks import DTYPES, check_alike, check_same_device, check_same_dtype, check_tensor, may_overlap
 from mallowspo.checks import HAS_CUDA_KERNELS as HAS_CUDA_KERNELS
 from mallowspo.choices import LINKS as LINKS
 from mallowspo.choices import MALLOWS_LINKS, check_positive, check_smoothing, operator_settings
@@ -62,7 +57,8 @@ def token_stats(logits, labels, *, ignore_index=-100, temperature=1.0, inplace_b
         temperature: divides the logits, > 0.
         inplace_backward: the backward writes the gradient over the logits, which saves their size in memory and the
             page faults of a fresh tensor. For logits that nothing else reads afterwards: a later use of theirs in the
-            same graph, a second backward too, raises torch's error for tensors changed in place.
+            same graph, a second backward too, raises torch's error for tensors changed in place. Compiled code, where
+            that error would be lost, takes new memory all the same.
 
     Returns:
         TokenStats(logps, entropy), both [...], float32 (float64 for float64 logits), each differentiable alone.
@@ -84,10 +80,8 @@ def token_stats(logits, labels, *, ignore_index=-100, temperature=1.0, inplace_b
         )
     check_same_device(logits=logits, labels=labels)
     check_positive("temperature", temperature)
-    if inplace_backward and (
-        (logits.shape[-1] > 1 and logits.stride(-1) != 1)
-        or any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True))
-    ):
+    inplace_backward = inplace_backward and not torch.compiler.is_compiling()
+    if inplace_backward and ((logits.shape[-1] > 1 and logits.stride(-1) != 1) or may_overlap(logits)):
         raise ValueError(
             f"inplace_backward needs logits with a contiguous last dimension and memory of their own, got strides "
             f"{list(logits.stride())}; call logits.contiguous() first, or leave inplace_backward out"
@@ -139,6 +133,8 @@ def linear_token_stats(
     check_tensor("hidden", hidden, DTYPES)
     check_tensor("weight", weight, DTYPES)
     check_tensor("labels", labels, (torch.int64,))
+    if low_rank is not None and not (isinstance(low_rank, (tuple, list)) and len(low_rank) == 2):
+        raise TypeError(f"low_rank must be a pair (down [..., r], up [V, r]) or None, got {type(low_rank).__name__}")
     down, up = (None, None) if low_rank is None else low_rank
     optional = {"bias": bias, "down": down, "up": up}
     for name, tensor in optional.items():
@@ -149,9 +145,10 @@ def linear_token_stats(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         optional = {name: None if x is None else x.to(dtype) for name, x in optional.items()}
     bias, down, up = optional.values()
-    if weight.dim() != 2 or weight.shape[0] == 0 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+    if weight.dim() != 2 or 0 in weight.shape or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"hidden must be [..., D] and weight [V, D] with V >= 1, got {list(hidden.shape)} and {list(weight.shape)}"
+            f"hidden must be [..., D] and weight [V, D] with V and D >= 1, "
+            f"got {list(hidden.shape)} and {list(weight.shape)}"
         )
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
@@ -178,7 +175,7 @@ def linear_token_stats(
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
     if memory_budget is None:
         memory_budget = MEMORY_BUDGET[hidden.device.type]
-    hidden, down = (None if x is None else x.reshape(-1, x.shape[-1]) for x in (hidden, down))
+    hidden, down = (None if x is None else x.reshape(labels.numel(), x.shape[-1]) for x in (hidden, down))
     flat = LinearTokenStatsFunction.apply(
         hidden, weight, down, up, bias, labels.reshape(-1),
         ignore_index, float(temperature), softcap, chunk_tokens, memory_budget, torch.is_grad_enabled(),

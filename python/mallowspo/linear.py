@@ -67,8 +67,8 @@ class LinearTokenStatsFunction(torch.autograd.Function):
                 _multiply(parts, rights, bias, columns, logits)
                 before = state[0].clone()
                 ops.token_stats_tile(
-                    state, _capped(logits, softcap), part_labels, columns.start, len(weight), ignore_index,
-                    temperature, keeps_direction,
+                    state, logits if softcap is None else _bent(logits, softcap).mul_(softcap), part_labels,
+                    columns.start, len(weight), ignore_index, temperature, keeps_direction,
                 )  # fmt: skip
                 if keeps_direction:
                     summed *= torch.exp(before - state[0])[:, None]
@@ -107,9 +107,9 @@ class LinearTokenStatsFunction(torch.autograd.Function):
         needed = [ctx.needs_input_grad[2 * i : 2 * i + 2] for i in range(len(lefts))]
         by_chunk = _goes_by_chunk(is_narrow, any(wants_right for _, wants_right in needed))
         grad_lefts, grad_rights = [], []
-        for left, right, (wants_left, wants_right) in zip(lefts, rights, needed, strict=True):
-            grad_lefts.append(torch.zeros_like(left, dtype=None if by_chunk else total) if wants_left else None)
-            grad_rights.append(None if not wants_right else memory[1] if right is weight else torch.empty_like(right))
+        for i, (wants_left, wants_right) in enumerate(needed):
+            grad_lefts.append(torch.zeros_like(lefts[i], dtype=None if by_chunk else total) if wants_left else None)
+            grad_rights.append(None if not wants_right else memory[1] if i == 0 else torch.empty_like(rights[i]))
             if wants_right and not chunks:
                 grad_rights[-1].zero_()
         grad_bias = torch.zeros_like(bias, dtype=total) if ctx.needs_input_grad[4] else None
@@ -286,20 +286,21 @@ def _multiply(lefts, rights, bias, columns, out):
         out.addmm_(left, right[columns].T)
 
 
-def _capped(logits, softcap):
-    """In the accumulator's dtype, where tanh costs no digits; without a cap the logits themselves."""
-    if softcap is None:
-        return logits
-    return softcap * torch.tanh(logits.to(accumulator_dtype(logits.dtype)) / softcap)
+def _bent(logits, softcap):
+    """The capped logits over the cap, in the accumulator's dtype, where tanh costs no digits."""
+    return torch.tanh(logits.to(accumulator_dtype(logits.dtype)) / softcap)
 
 
 def _differentiate(logits, softcap, *arguments):
     """Overwrites a tile with the gradient in it; arguments: those of the operator."""
-    capped = _capped(logits, softcap)
-    slope = None if softcap is None else 1 - (capped / softcap) ** 2
+    if softcap is None:
+        ops.token_stats_backward_tile(logits, *arguments)
+        return
+    bent = _bent(logits, softcap)
+    capped = softcap * bent
     ops.token_stats_backward_tile(capped, *arguments)
-    if softcap is not None:
-        logits.copy_(capped.mul_(slope))
+    # The slope from `bent`: inductor would take one made from `capped` after the operator has overwritten that.
+    logits.copy_(capped.mul_(bent.square_().neg_().add_(1)))
 
 
 def _direction(summed, state, weight, labels, ignore_index, temperature):
