@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback, training_args
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from mallowspo import AcceleratedTrainer
 from mallowspo.callbacks import GenerationSamples
 from mallowspo.collator import PreferenceCollator
 from mallowspo.data import tokenize_pairs
@@ -38,9 +39,11 @@ RUNS = {
     "tokens": {"eval_rows": 3, "rows": 21, "loss_type": "mallows-theta+sampo+bmc"},
     "several": {"eval_rows": 5, "rows": 21, "loss_type": "mrpo", "references": 2, "precompute_ref_log_probs": True},
     "no reference": {"eval_rows": 3, "rows": 21, "loss_type": "simpo"},
+    "trained head": {"eval_rows": 3, "rows": 21, "loss_type": "dpo", "peft_config": ["q_proj"], "save": ["lm_head"]},
+    "extrapolated": {"eval_rows": 3, "rows": 21, "loss_type": "dpo", "references": 1, "previous": 2},
 }
 SHARDED = ("fsdp2", "deepspeed_zero2", "deepspeed_zero3")
-SHARDED_RUNS = ("cached", "adapter", "copy", "tokens", "several", "no reference")
+SHARDED_RUNS = [name for name in RUNS if name not in ("reference-free", "one pair")]
 HALF = {  # layers in bfloat16
     "half": {"eval_rows": 5, "rows": 24, "loss_type": "dpo"},
     "half cached": {"eval_rows": 5, "rows": 24},
@@ -118,9 +121,13 @@ def run(folder, runs=RUNS, **settings):
         options = dict(options)
         if "peft_config" in options:
             torch.manual_seed(0)
-            options["peft_config"] = lora(target_modules=options["peft_config"], init_lora_weights=False)
+            targets, whole = options["peft_config"], options.pop("save", None)
+            options["peft_config"] = lora(target_modules=targets, modules_to_save=whole, init_lora_weights=False)
         if "references" in options:
             options["ref_model"] = [saved_model(folder, seed) for seed in range(1, 1 + options.pop("references"))]
+        if "previous" in options:
+            options |= {"kind": AcceleratedTrainer, "alpha": 0.5, "ref_model": options["ref_model"][0]}
+            options["previous_model"] = saved_model(folder, options.pop("previous"))
         dropped = options.pop("dropped", ())
         record, held_out = Record(), with_dropped_pairs(tiny_pairs(options.pop("eval_rows"), seed=1), dropped)
         trainer = tiny_trainer(
@@ -153,11 +160,12 @@ def run(folder, runs=RUNS, **settings):
         else:
             before = trainer.evaluate()
         trainer.train()
+        references = [trainer.ref_model, getattr(trainer, "previous_model", None)]
         facts = {
             "world": trainer.accelerator.num_processes,
             "engine": trainer.accelerator.distributed_type.value,
             "split": is_split(trainer.model),
-            "reference split": trainer.ref_model is not None and is_split(trainer.ref_model),
+            "reference split": references[0] is not None and all(map(is_split, filter(None, references))),
             "scale": trainer.dispersion_scale,
             "columns": {
                 (which, column): trainer._prepared(data)[column][:]
@@ -173,6 +181,10 @@ def run(folder, runs=RUNS, **settings):
             "weights": weights_of(trainer.model),
         }
         torch.save(facts, folder / f"{name}.{trainer.accelerator.process_index}.pt")
+        trainer.save_model()
+        if trainer.is_deepspeed_enabled:
+            with pytest.raises(ValueError, match="engine serves one train.*make a new trainer"):
+                trainer.train()
 
 
 def sharded(folder, adapter):
@@ -251,6 +263,8 @@ def main(what, folder, *checkpoint):
         saved_model(folder, seed)
     if what == "ddp":
         run(folder)
+        with pytest.raises(ValueError, match="even_batches=False leaves some ranks with a batch less"):
+            tiny_trainer(folder / "refused", accelerator_config={"even_batches": False})
         for adapter in (False, True):
             sharded(folder, adapter)
         resumable(folder, "saved")

@@ -9,8 +9,10 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tiny import cache_files, lora, plain_stats, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
 from transformers import TrainerCallback
+from transformers.trainer_utils import sort_checkpoints
 
 from mallowspo import AcceleratedRounds, AcceleratedTrainer, MallowsConfig, MallowsTrainer, accelerated_rounds
 from mallowspo import functional as F
@@ -193,8 +195,9 @@ def test_rounds_start_from_extrapolated_parameters(tmp_path):
     assert len(cache_files(tmp_path)) == 3 and not args.output_dir.endswith("round-3")
 
 
-def accelerated_trainer(folder, alpha=0.5, model=None, ref_model=None, **options):
+def accelerated_trainer(folder, alpha=0.5, model=None, ref_model=None, eval_dataset=None, **options):
     """An AcceleratedTrainer with a live reference unless options say otherwise."""
+    options |= {} if eval_dataset is None else {"eval_dataset": eval_dataset}
     args = config(folder, **{"num_train_epochs": 3, "max_steps": -1} | options)
     args.precompute_ref_log_probs = options.get("precompute_ref_log_probs", False)
     return AcceleratedTrainer(
@@ -203,18 +206,16 @@ def accelerated_trainer(folder, alpha=0.5, model=None, ref_model=None, **options
         alpha=alpha,
         args=args,
         train_dataset=tiny_pairs(4),
+        eval_dataset=eval_dataset,
         processing_class=tiny_tokenizer(),
     )
 
 
 class Watch(TrainerCallback):
-    """Runs a function at the end of each epoch."""
+    """Runs a function at every event of a name."""
 
-    def __init__(self, function):
-        self.function = function
-
-    def on_epoch_end(self, *args, **kwargs):
-        self.function()
+    def __init__(self, event, function):
+        setattr(self, event, lambda *args, **kwargs: function())
 
 
 @pytest.mark.parametrize("loss_type", ["dpo", "d2po"])
@@ -223,23 +224,50 @@ def test_every_epoch_is_a_round(tmp_path, alpha, loss_type):
     trainer = accelerated_trainer(tmp_path, alpha, loss_type=loss_type)
     start, before, after, references = tiny_model(), [], [], []
     batch = trainer.data_collator(list(trainer._prepared(trainer.train_dataset)))
-    trainer.add_callback(Watch(lambda: before.append(copy.deepcopy(trainer.model))))
     trainer.add_callback(AcceleratedRounds(trainer))
-    trainer.add_callback(Watch(lambda: after.append(copy.deepcopy(trainer.model))))
-    trainer.add_callback(Watch(lambda: references.append(trainer._reference_of(batch)[0])))
+    trainer.add_callback(Watch("on_epoch_begin", lambda: after.append(copy.deepcopy(trainer.model))))
+    trainer.add_callback(Watch("on_epoch_begin", lambda: references.append(trainer._reference_of(batch)[0])))
+    trainer.add_callback(Watch("on_epoch_end", lambda: before.append(copy.deepcopy(trainer.model))))
     trainer.train()
     results = [start, *before]
-    for number in (1, 2):  # the last epoch starts no round
-        moved, result, earlier = (m.state_dict() for m in (after[number - 1], results[number], results[number - 1]))
+    assert all(map(torch.equal, after[0].parameters(), start.parameters()))
+    for number in (1, 2):
+        moved, result, earlier = (m.state_dict() for m in (after[number], results[number], results[number - 1]))
         for name, weight in moved.items():
             torch.testing.assert_close(weight, (1 + alpha) * result[name] - alpha * earlier[name])
         rows = list(trainer._prepared(trainer.train_dataset))
         current, previous = (plain_stats(m, rows)[0].detach() for m in (results[number], results[number - 1]))
         expected = (1 + alpha) * current - alpha * previous
-        torch.testing.assert_close(references[number - 1].logps, expected, rtol=1e-4, atol=1e-4)
-        assert references[number - 1].token_logps.sum() == pytest.approx(expected.sum().item(), rel=1e-4)
+        torch.testing.assert_close(references[number].logps, expected, rtol=1e-4, atol=1e-4)
+        assert references[number].token_logps.sum() == pytest.approx(expected.sum().item(), rel=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(before[2].parameters(), trainer.model.parameters(), strict=True))
     assert not torch.equal(next(before[0].parameters()), next(before[1].parameters()))
+
+
+def test_an_epoch_is_evaluated_and_saved_as_its_round_ended(tmp_path):
+    """With SGD, which keeps nothing from round to round: against accelerated_rounds."""
+    options = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_steps": -1}
+    options |= {"train_sampling_strategy": "sequential", "eval_dataset": tiny_pairs(3, seed=1)}
+    trainer = accelerated_trainer(tmp_path / "one", eval_strategy="epoch", save_strategy="epoch", **options)
+    trainer.add_callback(AcceleratedRounds(trainer))
+    trainer.train()
+    evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
+    saved = [load_file(f"{path}/model.safetensors") for path in sort_checkpoints(trainer.args.output_dir)]
+    rounds = accelerated_rounds(
+        tiny_model(),
+        lambda model, number: tiny_pairs(4),
+        config(tmp_path / "many", num_train_epochs=1, **options),
+        rounds=3,
+        alpha=0.5,
+        eval_dataset=options["eval_dataset"],
+        processing_class=tiny_tokenizer(),
+    )
+    names = ("eval_loss", "eval_rewards/margins", "eval_logps/chosen")
+    for one, found, weights in zip(rounds, evaluations, saved, strict=True):
+        expected = one.evaluate()
+        assert {n: found[n] for n in names} == pytest.approx({n: expected[n] for n in names}, rel=1e-4)
+        for name, weight in one.model.state_dict().items():
+            torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-6)
 
 
 def test_what_has_no_rounds_of_epochs(tmp_path):

@@ -1,5 +1,6 @@
 """Tokenization of preference data, against texts rendered by hand."""
 
+import json
 import logging
 import math
 import os
@@ -197,6 +198,23 @@ def test_template_arguments():
     assert tokenizer.decode(row["prompt_ids"]) == "search none:Q"
 
 
+def test_tools_hold_nothing_that_arrow_added():
+    """Rows of one column have one type: each has the keys of all, with None in them."""
+    tokenizer, _ = build("bpe", "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    tools = [{"a": {"city": "string"}}, {"a": {"n": "integer"}}]
+    turn = {"prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]}
+    rows = tokenize_pairs(Dataset.from_list([turn | {"tools": [tool]} for tool in tools]), tokenizer)
+    assert [tokenizer.decode(row["prompt_ids"]) for row in rows] == [f"[{json.dumps(tool)}]Q" for tool in tools]
+
+
+def test_a_transform_is_applied():
+    plain = pair("no", " a", " b")
+    moved = plain.with_transform(lambda rows: {**rows, "prompt": ["yes" for _ in rows["chosen"]], "agreement": [0.7]})
+    (row,) = tokenize_pairs(moved, letters())
+    (expected,) = tokenize_pairs(pair("yes", " a", " b"), letters())
+    assert row == expected | {"agreement": 0.7}
+
+
 # Truncation and dropping
 
 
@@ -262,7 +280,7 @@ def test_all_dropped():
 
 def test_pair_columns_are_kept_as_float64_and_others_dropped():
     dataset = standard().add_column("neg_log_dispersion", [0, 1, 2]).add_column("agreement", [1.0, 0.6, 0.75])
-    dataset = dataset.add_column("source", ["x", "y", "z"]).add_column("images", [[b"0"]] * 3)
+    dataset = dataset.add_column("source", ["x", "y", "z"]).add_column("sounds", [[b"0"]] * 3)
     result = tokenize_pairs(dataset, letters())
     assert set(result.column_names) == {*TOKEN_COLUMNS, "length", "row", *PAIR_COLUMNS}
     assert all(result.features[name] == datasets.Value("float64") for name in PAIR_COLUMNS)
@@ -313,6 +331,8 @@ BAD = [
     (pair(CHAT, [assistant(None)], CHAT), ValueError, "row 0: 'chosen' has a message without content"),
     (pair(CHAT, [{"role": None, "content": "a"}], CHAT), TypeError, "row 0: 'chosen' must be"),
     (pair(CHAT, CHAT, CHAT), ValueError, "set tokenizer.chat_template"),
+    (Dataset.from_list([TEXT | {"images": ["a.png"]}]), ValueError, "column 'images', which would not be seen"),
+    (pair(CHAT, [assistant([{"type": "image"}])], CHAT), ValueError, "row 0: 'chosen' has .* more than text"),
 ]
 BAD_NUMBERS = [("neg_log_dispersion", value) for value in (-0.1, math.nan, math.inf, -math.inf, None, "1", True)]
 BAD_NUMBERS += [("agreement", value) for value in (0.5, 0.0, 1.01, math.nan, None, "0.7")]

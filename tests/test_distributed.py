@@ -6,11 +6,14 @@ With each file of recipes/accelerate, on the CPU and in full precision.
 import importlib.util
 import json
 import math
+import re
 
 import distributed_worker
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny import tiny_trainer
 
 CLOCK = ("runtime", "per_second", "preparation_time")
 # Which response is ahead is a matter of rounding where policy and reference are equal.
@@ -91,7 +94,7 @@ def test_the_launch_was_what_it_claims(run, engine, name):
     assert alone["engine"] == "NO" and [rank["engine"] for rank in ranks] == [ENGINES[engine]] * 2
     split = engine in ("fsdp2", "deepspeed_zero3")
     assert not alone["split"] and [rank["split"] for rank in ranks] == [split] * 2
-    if name == "copy":
+    if name in ("copy", "extrapolated"):
         assert [rank["reference split"] for rank in ranks] == [split] * 2
 
 
@@ -162,6 +165,19 @@ def test_scores_are_those_of_one_process(run):
             np.testing.assert_allclose(rank["scores"][name], values, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+@every_run
+def test_what_is_saved_is_that_of_one_process(folder, engine, name):
+    """The weights, and the references that the card names."""
+    expected, found = (folder / who / name for who in ("alone", engine))
+    files = (load_file(next(path.glob("*model.safetensors"))) for path in (found, expected))
+    # With an adapter on it, the frozen head is saved too, but not under ZeRO-3.
+    close(*({key: value for key, value in weights.items() if "base_layer" not in key} for weights in files))
+    told = [re.search("^Reference: (.*)$", (path / "README.md").read_text(), re.M)[1] for path in (found, expected)]
+    if (engine, name) == ("deepspeed_zero3", "copy"):  # loaded again, by its name
+        told[1] = "`model-0.0`."
+    assert told[0] == told[1]
+
+
 @pytest.mark.parametrize(
     "engine, name",
     of_engines(
@@ -175,6 +191,11 @@ def test_generated_samples_are_those_of_one_process(folder, engine, name):
         for who in ("alone", engine)
     )
     assert found == expected and {row["step"] for row in found} == {0, distributed_worker.STEPS}
+
+
+def test_batches_that_one_process_hands_out_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="dispatch_batches=True cuts all tensors.*leave it out"):
+        tiny_trainer(tmp_path, accelerator_config={"dispatch_batches": True})
 
 
 def test_runs_cover_what_they_claim(folder):

@@ -34,7 +34,9 @@ def hybrid_trainer(folder, model=None, train_dataset=None, **options):
     given_ = {name: options.pop(name) for name in names if name in options}
     return HybridTrainer(
         model=model or tiny_model(),
-        args=tiny_trainer(folder, rows=2, **{"loss_type": "dpo"} | options).args,
+        args=tiny_trainer(
+            folder, rows=2, eval_dataset=given_.get("eval_dataset"), **{"loss_type": "dpo"} | options
+        ).args,
         train_dataset=rewarded(6) if train_dataset is None else train_dataset,
         processing_class=tiny_tokenizer(),
         **{"kappa": 0.5, "temperature": 1.0} | given_,
@@ -178,6 +180,18 @@ def test_a_resumed_run_is_the_whole_run(tmp_path):
     assert train_logs(resumed) == train_logs(whole)
     for ours, theirs in zip(resumed.value_head.parameters(), whole.value_head.parameters(), strict=True):
         assert torch.equal(ours, theirs) and ours.abs().max() > 0
+
+
+def test_the_best_model_has_its_own_value_head(tmp_path):
+    every_step = {name: "steps" for name in ("eval_strategy", "save_strategy")} | {"eval_steps": 1, "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_logps/chosen", "greater_is_better": False}
+    trainer = hybrid_trainer(tmp_path, eval_dataset=rewarded(4, seed=1), max_steps=3, **every_step, **best)
+    trainer.train()
+    assert trainer.state.best_global_step < 3
+    found = trainer.value_head.state_dict()
+    saved = [torch.load(tmp_path / f"checkpoint-{step}" / VALUE_FILE)["head"] for step in (1, 2, 3)]
+    matching = [all(torch.equal(found[name], value) for name, value in head.items()) for head in saved]
+    assert [step for step, match in zip((1, 2, 3), matching, strict=True) if match] == [trainer.state.best_global_step]
 
 
 def train_and_save(folder):

@@ -223,7 +223,7 @@ def test_defaults(tmp_path):
     assert args.loss_type == ["mallows-theta"] and args.objective() == preset("mallows-theta")
     assert ours(tmp_path).dispersion_scale == ENTROPY_SCALE == 0.29 / 2
     data = tiny_pairs(2 * STEPS, **AGREEMENT)
-    assert ours(tmp_path, data=data).dispersion_scale == 1.0
+    assert ours(tmp_path, data=data, eval_data=data).dispersion_scale == 1.0
     assert dataclasses.replace(args) == args
 
 
@@ -293,10 +293,15 @@ def test_columns_that_are_missing_or_wrong(tmp_path):
     both = tiny_pairs(2, agreement=[0.6, 0.7], neg_log_dispersion=[1.0, 2.0])
     with pytest.raises(ValueError, match="the data has both 'neg_log_dispersion' and 'agreement'"):
         ours(tmp_path, data=both)
+    for sets, name in ((tiny_pairs(2), "eval"), ({"a": both, "b": tiny_pairs(2)}, "eval b")):
+        with pytest.raises(ValueError, match=f"the {name} data set lacks the column 'agreement'"):
+            ours(tmp_path, data=both, eval_data=sets, dispersion_source="agreement")
     with pytest.raises(ValueError, match="a data set lacks the column 'agreement'"):
-        ours(tmp_path, data=both, dispersion_source="agreement").evaluate()
-    with pytest.raises(ValueError, match="neg_log_dispersion must be finite and >= 0, got .-1.0"):
-        ours(tmp_path, data=tiny_pairs(2, neg_log_dispersion=[-1.0, 2.0])).train()
+        ours(tmp_path, data=both, eval_data=both, dispersion_source="agreement").evaluate(tiny_pairs(2))
+    for value, told in ((-1.0, "-1.0"), (None, "nan"), (math.inf, "inf")):
+        data = tiny_pairs(2, neg_log_dispersion=[2.0, value])
+        with pytest.raises(ValueError, match=f"neg_log_dispersion must be finite and >= 0, got {told}"):
+            ours(tmp_path, data=data, eval_data=data).train()
 
 
 def test_the_config_of_trl_is_refused(tmp_path):

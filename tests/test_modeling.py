@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tiny import GPT2_SHAPE, VOCABULARY, plain_alignment, plain_stats, tiny_model
 from torch import nn
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from mallowspo.collator import PreferenceCollator
 from mallowspo.modeling import attach_token_stats, disable_dropout, evaluating, response_stats, sequence_stats
@@ -295,6 +296,16 @@ def test_a_replaced_forward_is_refused(which):
     original = module.forward
     module.forward = lambda *args, **kwargs: original(*args, **kwargs)
     with pytest.raises(TypeError, match=f"the forward of this {type(module).__name__} was replaced"):
+        attach_token_stats(model)
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_an_encoder_decoder_is_refused(model_type):
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": VOCABULARY}
+    shape |= {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    shape |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2} if model_type == "bart" else {}
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(model_type, **shape))
+    with pytest.raises(ValueError, match="is an encoder-decoder; use a causal language model"):
         attach_token_stats(model)
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from mallowspo.attention import ATTENTION, block_mask, packed_inputs
 from mallowspo.collator import pack, pad
-from mallowspo.modeling import attach_token_stats, sequence_stats, share_prompts
+from mallowspo.modeling import add_adapter, attach_token_stats, sequence_stats, share_prompts
 
 PROMPTS = [[1, 5, 6, 7, 8], [9], [1, 4, 4, 13]]
 RESPONSES = [([10, 11, 2], [12, 2]), ([13, 14, 15, 16, 17, 2], [18]), ([5, 5, 2], [6, 7, 8, 9, 2])]
@@ -164,12 +164,18 @@ def test_other_calls_are_the_models_own(tmp_path):
 # What cannot share
 
 
+SPARSE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_group": 1, "topk_group": 1}
+SPARSE |= {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+SPARSE |= {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 8, "first_k_dense_replace": 1, "head_dim": 4}
+SPARSE |= {"num_key_value_heads": 2}
 REFUSED = {
     "eager attention": ("llama", {"attn_implementation": "eager"}, "runs with 'eager' attention; load it with"),
     "a sliding window": ("mistral", {"sliding_window": 31}, "sliding_window of 31 tokens; set max_length"),
     "layers with one": ("gemma3_text", {"sliding_window": 8, "head_dim": 8}, "sliding_window of 8 tokens"),
     "a recurrence alone": ("mamba", {"state_size": 4}, "has no attention"),
     "convolutions between": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "its hidden states differ by"),
+    "attention to chosen tokens": ("glm_moe_dsa", SPARSE, "chooses the tokens that it attends to"),
+    "layers that hand nothing on": ("stablelm", {}, "hand nothing on to their StableLmAttention"),
     "ALiBi": ("bloom", {"n_head": 2, "n_layer": 2}, "has no attention"),
 }
 
@@ -182,6 +188,12 @@ def test_what_cannot_share_says_why(case):
     attach_token_stats(model)
     assert reason in share_prompts(model, 32)
     assert model.config._attn_implementation == before
+
+
+def test_an_adapter_that_looks_for_its_invocation_is_refused():
+    model = add_adapter(tiny_model(), lora(alora_invocation_tokens=[10]))
+    attach_token_stats(model)
+    assert "invocation tokens once in each row" in share_prompts(model, 32)
 
 
 def test_a_model_that_looks_at_its_neighbour_is_found_out():
@@ -257,6 +269,7 @@ def test_training_is_the_same_with_and_without(tmp_path, loss_type, reference):
 def test_sharing_is_the_default_and_a_model_that_cannot_is_padded_with_a_warning(tmp_path, caplog):
     assert tiny_trainer(tmp_path).data_collator.share_prompt is True
     assert tiny_trainer(tmp_path, pad_to_multiple_of=8).data_collator.share_prompt is False
+    assert tiny_trainer(tmp_path, neftune_noise_alpha=5.0).data_collator.share_prompt is False
     model = tiny_model("mistral", sliding_window=16)
     with caplog.at_level(logging.WARNING):
         trainer = tiny_trainer(tmp_path, model=model)

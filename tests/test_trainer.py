@@ -9,6 +9,7 @@ from tiny import lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, tra
 
 import mallowspo
 from mallowspo import MallowsConfig, MallowsTrainer
+from mallowspo.modeling import add_adapter
 
 PROMPTS = [
     f"{a} {b}" for a in "red green blue one two three".split() for b in "cat dog sky sea up down yes no".split()
@@ -221,6 +222,21 @@ def test_the_model_itself_as_its_reference(tmp_path):
     model = tiny_model()
     with pytest.raises(ValueError, match="ref_model is the model itself"):
         tiny_trainer(tmp_path, model=model, ref_model=model)
+    with pytest.raises(ValueError, match="ref_model is the model itself or has its weights"):
+        tiny_trainer(tmp_path, model=add_adapter(model, lora()), ref_model=model)
+
+
+def test_a_model_that_is_no_reference_with_its_adapter_off(tmp_path):
+    def make(loss_type="dpo", ref_model=None, precompute_ref_log_probs=False, **adapter):
+        options = {"loss_type": loss_type, "precompute_ref_log_probs": precompute_ref_log_probs}
+        tiny_trainer(tmp_path, tiny_model("qwen2"), peft_config=lora(**adapter), ref_model=ref_model, **options)
+
+    for adapter, why in ({"bias": "all"}, "bias is trained"), ({"init_lora_weights": "pissa"}, "below the adapter"):
+        with pytest.raises(ValueError, match=why):
+            make(**adapter)
+        make(ref_model=tiny_model("qwen2"), **adapter)
+        make(loss_type="simpo", **adapter)
+    make(precompute_ref_log_probs=True, bias="all")
 
 
 def test_two_adapters(tmp_path):
@@ -244,6 +260,7 @@ BAD_ARGUMENTS = [
     ({"train_dataset": tiny_pairs(1).select([])}, ValueError, "empty"),
     ({"train_dataset": Dataset.from_dict({"text": ["a"]})}, ValueError, "lacks.*chosen.*rejected"),
     ({"eval_dataset": Dataset.from_dict({"text": ["a"]})}, ValueError, "lacks.*chosen.*rejected"),
+    ({"processing_class": object()}, TypeError, "processing_class must be a tokenizer, got object"),
     ({"processing_class": None}, ValueError, "pass its tokenizer as processing_class"),
 ]
 

@@ -126,6 +126,24 @@ def test_a_resumed_run_is_the_whole_run(tmp_path, name, step):
     assert (expected["ref_chosen_logps"] != expected["chosen_logps"]).any()
 
 
+@pytest.mark.parametrize("ends", ["after its last log", "in a failure"])
+def test_a_second_training_logs_its_own_pairs_alone(tmp_path, ends):
+    """Nothing moves at this learning rate; the first one logs after two of its three steps."""
+    options = {"logging_steps": 2, "max_steps": 3, "learning_rate": 0.0, "train_sampling_strategy": "sequential"}
+    trainer = tiny_trainer(tmp_path, ref_model=tiny_model(seed=1), **options)
+    if ends == "in a failure":
+        stop = Stop(3, fail)
+        trainer.add_callback(stop)
+        with pytest.raises(RuntimeError, match="the machine failed"):
+            trainer.train()
+        trainer.remove_callback(stop)
+    else:
+        trainer.train()
+    (first,) = train_logs(trainer)
+    trainer.train()
+    assert train_logs(trainer) == [first]
+
+
 def test_resuming_reads_the_cache(tmp_path, monkeypatch):
     stopped = whole_run(tmp_path, "cached", callbacks=[Stop(3, fail)])
     with pytest.raises(RuntimeError, match="the machine failed"):

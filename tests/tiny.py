@@ -69,9 +69,10 @@ def tiny_pairs(rows, seed=0, **columns):
     return Dataset.from_list(pairs).map(lambda row, i: {k: v[i] for k, v in columns.items()}, with_indices=True)
 
 
-def tiny_trainer(output_dir, model=None, rows=6, train_dataset=None, seed=0, **options):
+def tiny_trainer(output_dir, model=None, rows=6, train_dataset=None, seed=0, kind=MallowsTrainer, **options):
     """A MallowsTrainer; options that MallowsConfig has go there, the others to the constructor."""
     names = ("ref_model", "eval_dataset", "peft_config", "callbacks", "processing_class", "optimizers")
+    names += ("previous_model", "alpha")  # of an AcceleratedTrainer
     given = {name: options.pop(name) for name in names if name in options}
     settings = {
         "learning_rate": 1e-2,
@@ -85,7 +86,7 @@ def tiny_trainer(output_dir, model=None, rows=6, train_dataset=None, seed=0, **o
         "use_cpu": True,
         "seed": seed,
     }
-    return MallowsTrainer(
+    return kind(
         model=tiny_model() if model is None else model,
         args=MallowsConfig(output_dir=str(output_dir), **settings | options),
         train_dataset=tiny_pairs(rows) if train_dataset is None else train_dataset,

@@ -96,7 +96,7 @@ class AcceleratedTrainer(MallowsTrainer):
 
     def _set_up_references(self, references, given):
         if self.previous_model is not None:
-            self._move_model_to_device(self.previous_model, self.args.device)
+            self.previous_model = self._ready(self.previous_model, for_good=not self._cached)
         super()._set_up_references(references, given)
 
     def _reference_of(self, batch):
@@ -122,7 +122,8 @@ class AcceleratedRounds(TrainerCallback):
         trainer.add_callback(AcceleratedRounds(trainer))
 
     The optimiser and its schedule go on through all rounds; :func:`accelerated_rounds` starts them anew, samples new
-    pairs and can cache the reference. After the last epoch the model holds pi_hat of that round. Memory: as there.
+    pairs and can cache the reference. What is evaluated and saved at the end of an epoch is pi_hat of that round; it
+    moves on when the next epoch begins. Memory: as there.
 
     Args:
         trainer: the AcceleratedTrainer it is added to.
@@ -149,8 +150,8 @@ class AcceleratedRounds(TrainerCallback):
         if state.global_step:
             raise ValueError("a checkpoint holds no models of earlier rounds: start again, without resuming")
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if not control.should_training_stop:
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if state.global_step:
             self.trainer.next_round()
 
 

@@ -23,9 +23,15 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION = "mallowspo"  # the name of the attention below among those of transformers
 
 
+class NoSegments(RuntimeError):
+    """The layers of a model keep `segments` from their attention."""
+
+
 def _attention(module, query, key, value, attention_mask, segments=None, masks=None, **kwargs):
     """SDPA of each sequence of a packed batch [1, heads, T, head size]; of any other batch as it was meant."""
     if segments is None:
+        if attention_mask is not None and attention_mask.dtype == torch.int64:  # that of packed_inputs
+            raise NoSegments(type(module).__name__)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     # The first response follows its prompt, so the two are an ordinary causal sequence.
     lengths = [n for prompt, (first, *others) in segments for n in (prompt + first, *others)]

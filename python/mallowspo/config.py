@@ -164,6 +164,8 @@ class MallowsConfig(ObjectiveArguments, TrainingArguments):
             raise ValueError(
                 "remove_unused_columns must be False: the collator reads columns no model's forward names"
             )
+        if self.use_liger_kernel:
+            raise ValueError("use_liger_kernel replaces the forward that gives token statistics; leave it out")
         if self.share_prompt and self.pad_to_multiple_of is not None:
             raise ValueError("share_prompt packs batches without padding; leave pad_to_multiple_of out")
         if self.diff_stop_words is not None and not self.objective().bridge_delta:

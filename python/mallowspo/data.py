@@ -24,7 +24,7 @@ TOKEN_REFERENCE_COLUMNS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
 DIFF_COLUMNS = ("chosen_differs", "rejected_differs")  # what mark_differences adds
 
 _PROMPT_TOO_LONG, _EMPTY_COMPLETION = "prompt too long", "empty completion"
-_REVISION = 2  # raise when the tokens change: the `datasets` cache knows _tokenize_pair by its name, not by its code
+_REVISION = 3  # raise when the tokens change: the `datasets` cache knows _tokenize_pair by its name, not by its code
 
 
 def tokenize_pairs(
@@ -58,8 +58,8 @@ def tokenize_pairs(
     BOS, its first token has no prediction and does not count). One warning states how many were dropped and why.
 
     Args:
-        dataset: The pairs. Further columns are ignored, except `neg_log_dispersion` (finite, >= 0; 0 is phi = 1) and
-            `agreement` (in (0.5, 1]), which are kept as float64.
+        dataset: The pairs, as its transform gives them if it has one. Further columns are ignored, except
+            `neg_log_dispersion` (finite, >= 0; 0 is phi = 1) and `agreement` (in (0.5, 1]), which are kept as float64.
         tokenizer: Needs a chat template for conversations, an EOS token for plain text (a policy trained without
             one never learns to stop).
         max_length: Longest sequence in tokens, prompt included, at least 2. None: no limit.
@@ -75,25 +75,28 @@ def tokenize_pairs(
     Raises:
         TypeError: `dataset` is no `datasets.Dataset`, or a row holds neither text nor messages.
         ValueError: The data set is empty, lacks columns or loses all its pairs; a row holds None, mixes text and
-            messages or has an illegal number; the tokenizer lacks what the format needs; `max_length` is below 2.
+            messages, has an illegal number or an image; the tokenizer lacks what the format needs; `max_length` is
+            below 2.
     """
-    columns = _checked_columns(dataset)
+    is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+    columns = _checked_columns(dataset, is_transformed)
     if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
         raise ValueError(f"max_length must be None or an int of at least 2, got {max_length!r}")
     limit = sys.maxsize if max_length is None else max_length
     features = {name: List(Value("int32")) for name in TOKEN_COLUMNS}
     features |= {"length": Value("int32"), "row": Value("int64"), "dropped": Value("string")}
     features |= {name: Value("float64") for name in PAIR_COLUMNS if name in columns}
-    pairs = dataset.with_format(None).select_columns(columns)
+    pairs = dataset if is_transformed else dataset.with_format(None).select_columns(columns)
     tokenized = pairs.map(
         _tokenize_pair,
         with_indices=True,
         fn_kwargs={"tokenizer": tokenizer, "max_length": limit, "revision": _REVISION},
-        remove_columns=columns,
+        remove_columns=pairs.column_names,
         features=Features(features),
         num_proc=num_proc,
         desc=desc,
     )
+    tokenized = tokenized.with_format(None)
     reasons = tokenized["dropped"][:]
     counts = Counter(reasons)
     if drop_counts is not None:
@@ -115,7 +118,7 @@ def tokenize_pairs(
     return tokenized.select([row for row, reason in enumerate(reasons) if not reason])
 
 
-def _checked_columns(dataset: Dataset) -> list[str]:
+def _checked_columns(dataset: Dataset, is_transformed: bool) -> list[str]:
     """The columns of `dataset` that are read; raises where it is no data set of pairs."""
     if isinstance(dataset, IterableDataset):
         raise TypeError("an IterableDataset is not supported; materialise it: Dataset.from_list(list(dataset))")
@@ -123,7 +126,10 @@ def _checked_columns(dataset: Dataset) -> list[str]:
         raise TypeError(f"dataset must be a datasets.Dataset (one split), got {type(dataset).__name__}")
     if len(dataset) == 0:
         raise ValueError("the preference data set is empty")
-    found = dataset.column_names
+    found = list(dataset[0]) if is_transformed else dataset.column_names
+    images = [name for name in ("image", "images") if name in found]
+    if images:
+        raise ValueError(f"the preference data set has a column {images[0]!r}, which would not be seen: remove it")
     missing = [name for name in ("chosen", "rejected") if name not in found]
     if missing:
         raise ValueError(
@@ -217,6 +223,11 @@ def _check_text_or_messages(name: str, value: Any, index: int) -> None:
     for message in value:
         if all(content is None for key, content in message.items() if key != "role"):
             raise ValueError(f"row {index}: {name!r} has a message without content: {message!r}")
+        parts = message["content"] if isinstance(message.get("content"), list) else []
+        if any(isinstance(part, dict) and part.get("type") != "text" for part in parts):
+            raise ValueError(
+                f"row {index}: {name!r} has a message with more than text, which is not supported: {message}"
+            )
 
 
 def _checked_number(name: str, value: Any, index: int) -> float:
@@ -252,13 +263,18 @@ def _render(messages: list, row: dict, tokenizer: PreTrainedTokenizerBase, add_g
     if not messages:
         return ""
     tools = row.get("tools")
-    if isinstance(tools, str):
-        tools = json.loads(tools)
-    # Arrow fills the keys a row does not have with None, which a template would take for a value.
-    options = {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+    tools = json.loads(tools) if isinstance(tools, str) else _without_none(tools)
+    options = _without_none(row.get("chat_template_kwargs") or {})
     return tokenizer.apply_chat_template(
         messages, tools=tools or None, add_generation_prompt=add_generation_prompt, tokenize=False, **options
     )
+
+
+def _without_none(value: Any) -> Any:
+    """`value` less what Arrow fills the keys with that a row does not have; a template would take it for a value."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _common_length(*sequences: Any) -> int:

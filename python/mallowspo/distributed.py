@@ -47,13 +47,29 @@ class DistributedTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
+        if self.accelerator.dispatch_batches:
+            raise ValueError(
+                "accelerator_config's dispatch_batches=True cuts all tensors of a batch into the same rows, but those "
+                "of pairs have different ones: leave it out, and each rank reads its own batches"
+            )
+        if not self.accelerator.even_batches and self.accelerator.num_processes > 1:
+            raise ValueError(
+                "accelerator_config's even_batches=False leaves some ranks with a batch less, for whom the others "
+                "would wait: leave it out; the pairs that fill up the last batch do not count"
+            )
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
             # accelerate would round what the model returns, log-probabilities in float32, to the dtype of its layers.
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """As in ``transformers.Trainer``; True resumes from the newest checkpoint that was written to the end."""
+        """As in ``transformers.Trainer``; True resumes from the newest checkpoint that was written to the end.
+
+        Raises:
+            ValueError: no such checkpoint, or a second time under DeepSpeed.
+        """
+        if self.deepspeed is not None:
+            raise ValueError("DeepSpeed's engine serves one train(): save the model and make a new trainer of it")
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not sharded and not isinstance(self.model_wrapped, nn.parallel.DistributedDataParallel):
             # What an evaluation prepared, accelerate would not wrap again: no rank would see the others' gradients.

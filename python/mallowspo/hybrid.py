@@ -160,8 +160,14 @@ class HybridTrainer(MallowsTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / VALUE_FILE
-        parts = torch.load(path, map_location=self.args.device, weights_only=True)
+        self._load_value_head(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_value_head(self.state.best_model_checkpoint)
+
+    def _load_value_head(self, checkpoint):
+        parts = torch.load(Path(checkpoint) / VALUE_FILE, map_location=self.args.device, weights_only=True)
         self.value_head.load_state_dict(parts["head"])
         self._value_optimizer.load_state_dict(parts["optimizer"])
 

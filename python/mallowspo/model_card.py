@@ -172,7 +172,8 @@ def _reference(trainer):
     if trainer.objective.reference_free and trainer._source != "entropy":
         return "none"
     own = "the model with its adapter off" if trainer._is_peft else "the model as it was before training"
-    paths = [model.config._name_or_path if model is not None else "" for model in trainer.references]
+    models = (model and trainer.accelerator.unwrap_model(model) for model in trainer.references)  # of an engine
+    paths = [model.config._name_or_path if model is not None else "" for model in models]
     return ", ".join(f"`{_public(path)}`" if path else own for path in paths)
 
 

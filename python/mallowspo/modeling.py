@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mallowspo import functional as F
-from mallowspo.attention import ATTENTION, packed_inputs
+from mallowspo.attention import ATTENTION, NoSegments, packed_inputs
 from mallowspo.collator import pack, pad
 from mallowspo.heads import head_modules, knows, learn
 from mallowspo.token_weights import response_sums
@@ -56,13 +56,15 @@ def attach_token_stats(model):
 
     Raises:
         TypeError: the head is not one that :mod:`mallowspo.heads` knows, or a forward was replaced.
-        ValueError: the statistics disagree with the model's logits, or the model adds a loss of its own or an adapter
-            that moves the positions.
+        ValueError: the statistics disagree with the model's logits, or the model has an encoder besides, adds a loss
+            of its own or an adapter that moves the positions.
     """
     if hasattr(model, "get_base_model"):
         if model.active_peft_config.is_prompt_learning:
             raise ValueError("prompt learning changes the positions that are scored; use LoRA or another adapter")
         model = model.get_base_model()
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder; use a causal language model")
     head = model.get_output_embeddings()
     lessons = [(module, forward) for module, forward in head_modules(head) if not knows(module, forward)]
     if not lessons:
@@ -150,8 +152,8 @@ def _compare_with_logits(model):
 
 
 def _has_weights(model):
-    weight = model.get_output_embeddings().weight
-    return not weight.is_meta and weight.numel() > 0
+    # All of them: a head that PEFT copied, to train it, is whole where ZeRO-3 has parted the rest.
+    return all(parameter.numel() > 0 and not parameter.is_meta for parameter in model.parameters())
 
 
 def share_prompts(model, longest):
@@ -168,6 +170,8 @@ def share_prompts(model, longest):
         None, or a sentence that says why the model cannot take them; it is left as it was then.
     """
     if hasattr(model, "get_base_model"):
+        if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in model.peft_config.values()):
+            return "an activated LoRA looks for its invocation tokens once in each row"
         model = model.get_base_model()
     name, config = type(model).__name__, model.config.get_text_config()
     implementation = config._attn_implementation
@@ -179,11 +183,15 @@ def share_prompts(model, longest):
         width = getattr(config, window, None) if getattr(config, "use_sliding_window", True) else None
         if width is not None and (longest is None or longest > width):
             return f"{name} has a {window} of {width} tokens; set max_length to no more than that"
+    if any(field.startswith("index_topk") for field in config.to_dict()):
+        return f"{name} chooses the tokens that it attends to"
     if not _has_weights(model):
         return f"the weights of {name} are sharded already, so the two ways cannot be compared"
-    if implementation == "sdpa":
-        model.set_attn_implementation(ATTENTION)
-    worst, allowed = _packed_difference(model)
+    try:
+        worst, allowed = _packed_difference(model, ATTENTION if implementation == "sdpa" else implementation)
+    except NoSegments as error:
+        model.set_attn_implementation(implementation)
+        return f"the layers of {name} hand nothing on to their {error}"
     if worst <= allowed:
         return None
     model.set_attn_implementation(implementation)
@@ -191,16 +199,19 @@ def share_prompts(model, longest):
 
 
 @torch.no_grad()
-def _packed_difference(model):
-    """Largest relative difference that packing makes to the hidden state of a scored position, and what may be."""
+def _packed_difference(model, implementation):
+    """Largest relative difference that packing makes to the hidden state of a scored position, and what may be.
+
+    The rows are encoded with the attention the model has, the packed batch with `implementation`, which it keeps.
+    """
     ids = (torch.arange(32) % len(model.get_input_embeddings().weight)).split([5, 3, 6, 2, 4, 12])
     prompt, *pair, other_prompt, one, two = (part.tolist() for part in ids)
     prompts, responses = (prompt, other_prompt), (pair, (one, two))
+    rows, batch = pad(prompts, responses, pad_token_id=0), pack(prompts, responses)
     with evaluating(model):
-        packed, padded = (
-            _hidden_states(model, **_encoded(send_to_device(batch, model.device)))
-            for batch in (pack(prompts, responses), pad(prompts, responses, pad_token_id=0))
-        )
+        padded = _hidden_states(model, **_encoded(send_to_device(rows, model.device)))
+        model.set_attn_implementation(implementation)
+        packed = _hidden_states(model, **_encoded(send_to_device(batch, model.device)))
     worst = ((packed - padded).double().norm(dim=1) / padded.double().norm(dim=1)).max().item()
     return worst, torch.finfo(packed.dtype).eps ** 0.5  # roundings grow through the layers, mistakes are of order one
 
@@ -278,7 +289,8 @@ def add_adapter(model, peft_config):
 
 
 def disable_dropout(model):
-    """Sets every dropout probability to 0: of ``nn.Dropout`` modules and of layers that apply it themselves."""
+    """Sets dropout probabilities to 0: of ``nn.Dropout`` modules and of layers that have their own, not of those that
+    read the config in every forward (Falcon's)."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(module, nn.Dropout))):
@@ -295,6 +307,25 @@ def evaluating(model):
     finally:
         for module in training:
             module.training = True
+
+
+def check_adapter_off(model, for_good):
+    """ValueError where a PEFT model with its adapter off is no reference; for_good: it is to stay one in training."""
+    for adapter in model.peft_config.values():
+        init = str(getattr(adapter, "init_lora_weights", ""))
+        if init.lower().startswith(("pissa", "olora", "corda", "lora_ga")):
+            raise ValueError(
+                f"init_lora_weights={init!r} changes the weights below the adapter, so that with the adapter off the "
+                "model is not the one that was given: pass that one as ref_model too, loaded again"
+            )
+    of_adapter = (model.base_model.prefix, "modules_to_save.", "trainable_tokens_")
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    outside = [name for name in trained if not any(part in name for part in of_adapter)]
+    if for_good and outside:
+        raise ValueError(
+            f"{outside[0]} is trained and is not the adapter's, so that with the adapter off the model would not stay "
+            "the reference: set precompute_ref_log_probs=True, or pass ref_model"
+        )
 
 
 @contextmanager

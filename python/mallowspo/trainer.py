@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from mallowspo import functional as F
@@ -22,6 +22,7 @@ from mallowspo.model_card import WritesModelCard
 from mallowspo.modeling import (
     add_adapter,
     attach_token_stats,
+    check_adapter_off,
     disable_dropout,
     evaluating,
     load_model,
@@ -94,14 +95,19 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
             raise ValueError("train_dataset is missing")
         self.objective = args.objective()
         check_reference_count(len(references), self.objective.reference_weights, self.objective.swap_reference_weights)
-        if any(reference is model for reference in references):
-            raise ValueError("ref_model is the model itself and would be trained; leave it out or load it again")
+        if any(set(reference.parameters()) & set(model.parameters()) for reference in filter(None, references)):
+            raise ValueError(
+                "ref_model is the model itself or has its weights and would be trained; leave it out or load it again"
+            )
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         if processing_class is None:
             if not name:
                 raise ValueError("the model was not loaded from anywhere: pass its tokenizer as processing_class")
             processing_class = AutoTokenizer.from_pretrained(name)
+        if not isinstance(processing_class, PreTrainedTokenizerBase):
+            kind = type(processing_class).__name__
+            raise TypeError(f"processing_class must be a tokenizer, got {kind}; a processor has one in .tokenizer")
         if processing_class.pad_token_id is None:
             processing_class.pad_token = processing_class.eos_token
 
@@ -172,6 +178,14 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
     def _get_dataloader(self, dataset, *args, **kwargs):
         return super()._get_dataloader(self._prepared(dataset), *args, **kwargs)
 
+    @property
+    def _cached(self):
+        """Whether the references are asked in one pass before training, not in every step."""
+        free = self.objective.reference_free
+        if self.args.precompute_ref_log_probs and not free:
+            return True
+        return self._source == "entropy" and (self.args.dispersion_scale == "auto" or free)
+
     def _set_up_references(self, references, given):
         """Decides where references and dispersion come from and makes the cached pass where one is needed."""
         args, objective = self.args, self.objective
@@ -179,9 +193,9 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         if not (needs_logps or needs_entropy) and (references != [None] or args.precompute_ref_log_probs):
             superfluous = "ref_model" if references != [None] else "precompute_ref_log_probs"
             raise ValueError(f"loss_type {args.loss_type!r} reads no reference; leave out {superfluous}")
-        cached = (needs_logps and args.precompute_ref_log_probs) or (
-            needs_entropy and (args.dispersion_scale == "auto" or objective.reference_free)
-        )
+        cached = self._cached
+        if self._is_peft and None in references and (needs_logps or needs_entropy):
+            check_adapter_off(self.model, for_good=not cached)
         anchor = references[0] or self.model
         self._vocabulary = anchor.get_output_embeddings().out_features  # the weight's shape may be of a shard
         ready, start = partial(self._ready, for_good=not cached), None
@@ -246,7 +260,8 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         """Whether batches are packed, the same on every rank; ValueError where they must be and cannot."""
         if args.share_prompt is False or (args.share_prompt is None and args.pad_to_multiple_of is not None):
             return False
-        obstacles = [share_prompts(model, args.max_length) for model in models if model is not None]
+        noisy = "neftune_noise_alpha has its noise by the length of a row" if args.neftune_noise_alpha else None
+        obstacles = [noisy or share_prompts(model, args.max_length) for model in models if model is not None]
         (obstacle,) = broadcast_object_list([next(filter(None, obstacles), None)])
         if obstacle is None:
             return True
@@ -305,6 +320,10 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
             if self.dispersion_scale is not None:
                 logs["dispersion/scale"] = self.dispersion_scale
         super().log(logs, start_time)
+
+    def _inner_training_loop(self, *args, **kwargs):
+        self._means.drop("train")  # what a training before this one did not come to log
+        return super()._inner_training_loop(*args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         self._means.drop("eval")

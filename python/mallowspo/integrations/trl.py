@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 from packaging.version import Version
 
@@ -112,7 +113,17 @@ class DPOTrainer(trl.DPOTrainer):
         TypeError: args of TRL's own class. ValueError: a model, data set or setting that cannot be used.
     """
 
-    def __init__(self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, *others, **options):
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        *others,
+        **options,
+    ):
         args = DPOConfig() if args is None else args
         if not isinstance(args, DPOConfig):
             raise TypeError(
@@ -123,13 +134,17 @@ class DPOTrainer(trl.DPOTrainer):
         self._source = None
         if self.objective.uses_dispersion:
             self._source = _dispersion_source(args, next(iter(train_dataset or ()), {}))
+            evals = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
+            for name, data in evals.items():
+                if data:
+                    _check_column(self._source, next(iter(data)), f"eval {name}" if name else "eval", args)
         if self._source == "entropy" and args.precompute_ref_log_probs:
             raise ValueError(
                 "precompute_ref_log_probs keeps the reference's log-probabilities but not the entropies that "
                 f"loss_type {args.loss_type[0]!r} reads: leave it out, give the data a column "
                 f"{' or '.join(PAIR_COLUMNS)}, or use mallowspo.MallowsTrainer, which caches both"
             )
-        super().__init__(model, ref_model, args, data_collator, train_dataset, *others, **options)
+        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *others, **options)
         if self._is_vlm or self.model.config.is_encoder_decoder:
             raise ValueError(
                 f"{type(self.model).__name__} with a {type(self.processing_class).__name__} is not a text-only causal "
@@ -231,8 +246,10 @@ class _WithDispersion:
         values = [row[self.source] for row in rows]
         if self.source == "agreement":
             values = agreement_to_neg_log_dispersion(values, self.link)
-        elif not all(0 <= value < math.inf for value in values):
-            raise ValueError(f"neg_log_dispersion must be finite and >= 0, got {values}")
+        values = np.asarray(values, dtype=np.float64)  # of None, NaN
+        bad = ~((values >= 0) & (values < math.inf))
+        if bad.any():
+            raise ValueError(f"neg_log_dispersion must be finite and >= 0, got {values[bad][0]}")
         return dict(self.collator(rows)) | {_DISPERSION: torch.tensor(values, dtype=torch.float32)}
 
 
@@ -241,6 +258,10 @@ def _dispersion_source(args, columns):
     if args.dispersion_source is None and len(found) > 1:
         raise ValueError(f"the data has both {found[0]!r} and {found[1]!r}; choose one by dispersion_source")
     source = args.dispersion_source or (found[0] if found else "entropy")
-    if source in PAIR_COLUMNS and source not in columns:
-        raise ValueError(f"the train data set lacks the column {source!r}, the dispersion of {args.loss_type[0]!r}")
+    _check_column(source, columns, "train", args)
     return source
+
+
+def _check_column(source, columns, name, args):
+    if source in PAIR_COLUMNS and source not in columns:
+        raise ValueError(f"the {name} data set lacks the column {source!r}, the dispersion of {args.loss_type[0]!r}")
