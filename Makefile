@@ -20,7 +20,8 @@ EXPERIMENTS := bandit compare control compare-control dialogue dispersion diffus
 setup: $(VENV)/installed
 
 $(VENV)/python:
-	$(PYTHON) -c "import sys; sys.exit('mallowspo needs Python 3.11 or newer: make PYTHON=/path/to/python3.11' if sys.version_info < (3, 11) else 0)"
+	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or \
+	  sys.exit('mallowspo needs Python 3.11 or newer: make PYTHON=/path/to/python3.11')"
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
@@ -36,7 +37,8 @@ $(VENV)/installed: $(VENV)/packages pyproject.toml $(NATIVE)
 	touch $@
 
 demo: setup
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/dialogue/run.py --config recipes/dialogue/demo.yaml
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	  recipes/dialogue/run.py --config recipes/dialogue/demo.yaml
 
 bandit: RUN := bandit/run.py --output_dir outputs/bandit
 compare: RUN := bandit/compare.py --output_dir outputs/compare
@@ -62,7 +64,8 @@ $(VENV)/competitors: $(VENV)/installed
 
 # Each contest may take minutes on a slow machine; the timeout is for one that hangs.
 benchmark: $(VENV)/competitors
-	$(BIN)/python -m pytest benchmarks --benchmark-quiet --timeout 1800 --results $(if $(SELECT),outputs/benchmark,benchmarks/results) $(SELECT)
+	$(BIN)/python -m pytest benchmarks --benchmark-quiet --timeout 1800 \
+	  --results $(if $(SELECT),outputs/benchmark,benchmarks/results) $(SELECT)
 
 benchmark-step: $(VENV)/competitors
 	$(BIN)/python benchmarks/training_step.py --results $(if $(SELECT),outputs/benchmark,benchmarks/results) $(SELECT)

@@ -25,10 +25,7 @@ class CMakeBuild(build_ext):
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DMALLOWSPO_OUTPUT={output}"]
         for command in (configure, ["cmake", "--build", build]):
             if subprocess.call(command, env={**os.environ, "PATH": path}):
-                sys.exit(
-                    "mallowspo: the native build failed; the sentence after 'mallowspo:' above, "
-                    "or the compiler's first error, says why"
-                )
+                sys.exit("mallowspo: the native build failed; the first error above says why")
 
     def copy_extensions_to_source(self):  # an editable install: the operators' library goes along with _C
         super().copy_extensions_to_source()

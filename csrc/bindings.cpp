@@ -9,7 +9,8 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   using mallowspo::Divergence, mallowspo::Link;
-  py::native_enum<Link>(m, "Link", "enum.IntEnum", "How a margin becomes a log-likelihood; the value is the operators' `link` argument.")
+  py::native_enum<Link>(m, "Link", "enum.IntEnum",
+                        "How a margin becomes a log-likelihood; the value is the operators' `link` argument.")
       .value("bradley_terry", Link::bradley_terry)
       .value("mallows_theta", Link::mallows_theta)
       .value("mallows_phi", Link::mallows_phi)
@@ -27,12 +28,15 @@ PYBIND11_MODULE(_C, m) {
       .value("apo_zero", Link::apo_zero)
       .value("apo_down", Link::apo_down)
       .finalize();
-  py::native_enum<Divergence>(m, "Divergence", "enum.IntEnum", "What regularises; the value is the operators' `divergence` argument.")
+  py::native_enum<Divergence>(m, "Divergence", "enum.IntEnum",
+                              "What regularises; the value is the operators' `divergence` argument.")
       .value("alpha", Divergence::alpha)
       .value("jensen_shannon", Divergence::jensen_shannon)
       .finalize();
-  m.def("uses_dispersion", [](Link link) { return mallowspo::uses_dispersion(link); }, "Whether the link reads the neg-log dispersion.");
-  m.def("has_margin", [](Link link) { return mallowspo::has_margin(link); }, "Whether the link is a function of one margin.");
+  m.def("uses_dispersion", [](Link link) { return mallowspo::uses_dispersion(link); },
+        "Whether the link reads the neg-log dispersion.");
+  m.def("has_margin", [](Link link) { return mallowspo::has_margin(link); },
+        "Whether the link is a function of one margin.");
 
   py::dict build;
   build["version"] = MALLOWSPO_VERSION;

@@ -55,6 +55,8 @@ void check_same(const Tensor& like, const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.device() == like.device(), name, " is on another device than the first tensor");
 }
 
+Tensor output(const Tensor& like) { return torch::stable::new_empty(like, like.sizes(), accumulator_of(like)); }
+
 // The input in its accumulator's dtype, contiguous; `keep` owns what had to be copied until the kernel has run.
 struct Inputs {
   Tensor like;
@@ -84,7 +86,7 @@ struct Inputs {
 #define MALLOWSPO_RUN(ON, NAME, ARGS) cpu::NAME(ARGS)
 #endif
 
-// ---- token_stats ----------------------------------------------------------------------------------------------------
+// ---- token_stats ---------------------------------------------------------------------------------------------------
 
 RowLayout layout_of(const Tensor& rows) {
   RowLayout layout{};
@@ -114,7 +116,8 @@ TokenStatsArgs token_stats_args(const Tensor& logits, const Tensor& labels, int6
   const int64_t leading = logits.dim() - 1;
   STD_TORCH_CHECK(leading >= 0 && leading <= RowLayout::max_dims, "logits must have between 1 and 9 dimensions");
   STD_TORCH_CHECK(logits.size(leading) > 0, "logits has an empty vocabulary");
-  STD_TORCH_CHECK(labels.dim() == leading && same_sizes(logits, labels, leading), "labels must have the shape of logits without its last dimension");
+  STD_TORCH_CHECK(labels.dim() == leading && same_sizes(logits, labels, leading),
+                  "labels must have the shape of logits without its last dimension");
   STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long, "labels must be int64");
   STD_TORCH_CHECK(labels.device() == logits.device(), "labels and logits are on different devices");
   STD_TORCH_CHECK(temperature > 0, "temperature must be positive");
@@ -209,9 +212,9 @@ TokenStatsBackwardArgs token_stats_backward_args(Inputs& saved, const OptionalTe
   return args;
 }
 
-Tensor token_stats_backward(const OptionalTensor& grad_logps, const OptionalTensor& grad_entropy, const Tensor& logits_in,
-                            const Tensor& labels_in, const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum,
-                            int64_t ignore_index, double temperature) {
+Tensor token_stats_backward(const OptionalTensor& grad_logps, const OptionalTensor& grad_entropy,
+                            const Tensor& logits_in, const Tensor& labels_in, const Tensor& entropy,
+                            const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index, double temperature) {
   const Tensor logits = with_contiguous_rows(logits_in), labels = torch::stable::contiguous(labels_in);
   Inputs saved{entropy, {}};
   TokenStatsBackwardArgs args = token_stats_backward_args(saved, grad_logps, grad_entropy, logits, labels, entropy,
@@ -224,10 +227,10 @@ Tensor token_stats_backward(const OptionalTensor& grad_logps, const OptionalTens
   return grad;
 }
 
-void token_stats_backward_tile(const Tensor& logits, const OptionalTensor& grad_logps, const OptionalTensor& grad_entropy,
-                               const Tensor& labels_in, const Tensor& entropy, const Tensor& row_max,
-                               const Tensor& log_sum, int64_t first_entry, int64_t entries, int64_t ignore_index,
-                               double temperature) {
+void token_stats_backward_tile(const Tensor& logits, const OptionalTensor& grad_logps,
+                               const OptionalTensor& grad_entropy, const Tensor& labels_in, const Tensor& entropy,
+                               const Tensor& row_max, const Tensor& log_sum, int64_t first_entry, int64_t entries,
+                               int64_t ignore_index, double temperature) {
   const Tensor labels = torch::stable::contiguous(labels_in);
   check_tile(logits, first_entry, entries);
   Inputs saved{entropy, {}};
@@ -240,26 +243,22 @@ void token_stats_backward_tile(const Tensor& logits, const OptionalTensor& grad_
   if (args.forward.rows > 0) MALLOWSPO_RUN(logits, token_stats_backward, args);
 }
 
-// ---- preference_loss ------------------------------------------------------------------------------------------------
+// ---- preference_loss -----------------------------------------------------------------------------------------------
 
-// In the order of the schema, and of mallowspo.choices.PAIR_CHOICES.
-Objective objective_of(int64_t link, double beta, double gamma, double label_smoothing, bool robust, double smoothing,
-                       double focal_gamma, bool clip_rejected, int64_t divergence, double divergence_alpha,
-                       double discopop_tau) {
+// The choices stand in the order of the schema, and of mallowspo.choices.PAIR_CHOICES.
+PairArgs pair_args(Inputs& inputs, const Tensor& chosen, const Tensor& rejected, const OptionalTensor& ref_chosen,
+                   const OptionalTensor& ref_rejected, const OptionalTensor& neg_log_dispersion, int64_t link,
+                   double beta, double gamma, double label_smoothing, bool robust, double smoothing,
+                   double focal_gamma, bool clip_rejected, int64_t divergence, double divergence_alpha,
+                   double discopop_tau) {
   STD_TORCH_CHECK(link >= 0 && link < link_count, "unknown link ", link);
   STD_TORCH_CHECK(divergence >= 0 && divergence < divergence_count, "unknown divergence ", divergence);
-  return {static_cast<Link>(link), beta, gamma, label_smoothing, smoothing, robust, focal_gamma, clip_rejected,
-          static_cast<Divergence>(divergence), divergence_alpha, discopop_tau};
-}
-
-PairArgs pair_args(Inputs& inputs, const Tensor& chosen, const Tensor& rejected, const OptionalTensor& ref_chosen,
-                   const OptionalTensor& ref_rejected, const OptionalTensor& neg_log_dispersion,
-                   const Objective& objective) {
-  STD_TORCH_CHECK(neg_log_dispersion || !uses_dispersion(objective.link), "this link needs neg_log_dispersion");
   PairArgs args{};
-  args.dtype = accumulator_of(chosen) == ScalarType::Double ? DType::f64 : DType::f32;
+  args.objective = {static_cast<Link>(link), beta, gamma, label_smoothing, smoothing, robust, focal_gamma,
+                    clip_rejected, static_cast<Divergence>(divergence), divergence_alpha, discopop_tau};
+  STD_TORCH_CHECK(neg_log_dispersion || !uses_dispersion(args.objective.link), "this link needs neg_log_dispersion");
+  args.dtype = dtype_of(chosen) == DType::f64 ? DType::f64 : DType::f32;
   args.pairs = chosen.numel();
-  args.objective = objective;
   args.chosen = inputs(chosen, "chosen_logps");
   args.rejected = inputs(rejected, "rejected_logps");
   args.ref_chosen = inputs(ref_chosen, "ref_chosen_logps");
@@ -274,11 +273,10 @@ std::tuple<Tensor, Tensor, Tensor> preference_loss(
     bool robust, double smoothing, double focal_gamma, bool clip_rejected, int64_t divergence, double divergence_alpha,
     double discopop_tau) {
   Inputs inputs{chosen, {}};
-  PairArgs args = pair_args(inputs, chosen, rejected, ref_chosen, ref_rejected, neg_log_dispersion,
-                            objective_of(link, beta, gamma, label_smoothing, robust, smoothing, focal_gamma,
-                                         clip_rejected, divergence, divergence_alpha, discopop_tau));
-  const auto output = [&] { return torch::stable::new_empty(chosen, chosen.sizes(), accumulator_of(chosen)); };
-  const Tensor losses = output(), chosen_rewards = output(), rejected_rewards = output();
+  PairArgs args = pair_args(inputs, chosen, rejected, ref_chosen, ref_rejected, neg_log_dispersion, link, beta, gamma,
+                            label_smoothing, robust, smoothing, focal_gamma, clip_rejected, divergence,
+                            divergence_alpha, discopop_tau);
+  const Tensor losses = output(chosen), chosen_rewards = output(chosen), rejected_rewards = output(chosen);
   args.losses = losses.mutable_data_ptr();
   args.chosen_rewards = chosen_rewards.mutable_data_ptr();
   args.rejected_rewards = rejected_rewards.mutable_data_ptr();
@@ -291,16 +289,12 @@ std::tuple<Tensor, Tensor, Tensor> preference_loss_backward(
     const OptionalTensor& ref_rejected, const OptionalTensor& neg_log_dispersion, int64_t link, double beta,
     double gamma, double label_smoothing, bool robust, double smoothing, double focal_gamma, bool clip_rejected,
     int64_t divergence, double divergence_alpha, double discopop_tau) {
-  Inputs inputs{chosen, {}}, grads{grad_losses, {}};
-  PairArgs args = pair_args(inputs, chosen, rejected, ref_chosen, ref_rejected, neg_log_dispersion,
-                            objective_of(link, beta, gamma, label_smoothing, robust, smoothing, focal_gamma,
-                                         clip_rejected, divergence, divergence_alpha, discopop_tau));
-  STD_TORCH_CHECK(same_shape(chosen, grad_losses) && grad_losses.scalar_type() == accumulator_of(chosen) &&
-                      grad_losses.device() == chosen.device(),
-                  "grad_losses must be like the losses");
-  args.grad_losses = grads(grad_losses, "grad_losses");
-  const auto output = [&] { return torch::stable::new_empty(chosen, chosen.sizes(), accumulator_of(chosen)); };
-  const Tensor grad_chosen = output(), grad_rejected = output(), grad_dispersion = output();
+  const Tensor grad_chosen = output(chosen), grad_rejected = output(chosen), grad_dispersion = output(chosen);
+  Inputs inputs{chosen, {}}, grads{grad_chosen, {}};
+  PairArgs args = pair_args(inputs, chosen, rejected, ref_chosen, ref_rejected, neg_log_dispersion, link, beta, gamma,
+                            label_smoothing, robust, smoothing, focal_gamma, clip_rejected, divergence,
+                            divergence_alpha, discopop_tau);
+  args.grad_losses = grads(grad_losses, "grad_losses must be like the losses; it");
   args.grad_chosen = grad_chosen.mutable_data_ptr();
   args.grad_rejected = grad_rejected.mutable_data_ptr();
   args.grad_dispersion = grad_dispersion.mutable_data_ptr();
@@ -308,11 +302,11 @@ std::tuple<Tensor, Tensor, Tensor> preference_loss_backward(
   return {grad_chosen, grad_rejected, grad_dispersion};
 }
 
-// ---- mallows_log_prob -----------------------------------------------------------------------------------------------
+// ---- mallows_log_prob ----------------------------------------------------------------------------------------------
 
 MallowsArgs mallows_args(Inputs& inputs, const Tensor& margin, const Tensor& neg_log_dispersion, double smoothing) {
   MallowsArgs args{};
-  args.dtype = accumulator_of(margin) == ScalarType::Double ? DType::f64 : DType::f32;
+  args.dtype = dtype_of(margin) == DType::f64 ? DType::f64 : DType::f32;
   args.count = margin.numel();
   args.smoothing = smoothing;
   args.margin = inputs(margin, "margin");
@@ -323,7 +317,7 @@ MallowsArgs mallows_args(Inputs& inputs, const Tensor& margin, const Tensor& neg
 Tensor mallows_log_prob(const Tensor& margin, const Tensor& neg_log_dispersion, double smoothing) {
   Inputs inputs{margin, {}};
   MallowsArgs args = mallows_args(inputs, margin, neg_log_dispersion, smoothing);
-  const Tensor log_probs = torch::stable::new_empty(margin, margin.sizes(), accumulator_of(margin));
+  const Tensor log_probs = output(margin);
   args.log_probs = log_probs.mutable_data_ptr();
   if (args.count > 0) MALLOWSPO_RUN(margin, mallows_log_prob, args);
   return log_probs;
@@ -331,14 +325,10 @@ Tensor mallows_log_prob(const Tensor& margin, const Tensor& neg_log_dispersion, 
 
 std::tuple<Tensor, Tensor> mallows_log_prob_backward(const Tensor& grad_log_probs, const Tensor& margin,
                                                      const Tensor& neg_log_dispersion, double smoothing) {
-  Inputs inputs{margin, {}}, grads{grad_log_probs, {}};
+  const Tensor grad_margin = output(margin), grad_dispersion = output(margin);
+  Inputs inputs{margin, {}}, grads{grad_margin, {}};
   MallowsArgs args = mallows_args(inputs, margin, neg_log_dispersion, smoothing);
-  STD_TORCH_CHECK(same_shape(margin, grad_log_probs) &&
-                      grad_log_probs.scalar_type() == accumulator_of(margin) && grad_log_probs.device() == margin.device(),
-                  "grad_log_probs must be like the log-probabilities");
-  args.grad_log_probs = grads(grad_log_probs, "grad_log_probs");
-  const auto output = [&] { return torch::stable::new_empty(margin, margin.sizes(), accumulator_of(margin)); };
-  const Tensor grad_margin = output(), grad_dispersion = output();
+  args.grad_log_probs = grads(grad_log_probs, "grad_log_probs must be like the log-probabilities; it");
   args.grad_margin = grad_margin.mutable_data_ptr();
   args.grad_dispersion = grad_dispersion.mutable_data_ptr();
   if (args.count > 0) MALLOWSPO_RUN(margin, mallows_log_prob_backward, args);
@@ -370,7 +360,7 @@ STABLE_TORCH_LIBRARY(mallowspo, m) {
       "token_stats_backward(Tensor? grad_logps, Tensor? grad_entropy, Tensor logits, Tensor labels, Tensor entropy,"
       " Tensor row_max, Tensor log_sum, int ignore_index, float temperature) -> Tensor grad_logits");
   // The same over tiles of the vocabulary: logits [N, W] of the entries first_entry ... of `entries` in all. `state`
-  // [4, N] holds m, s, t and the label's logit so far, after the last tile m, log s, the entropy and the log-probability;
+  // [4, N] holds m, s, t and the label's logit so far, after the last tile m, log s, entropy and log-probability;
   // with `numerators` the logits become -e^(l - m) / temperature, 0 for the label. The backward overwrites the logits
   // with their gradient.
   m.def(
@@ -381,17 +371,18 @@ STABLE_TORCH_LIBRARY(mallowspo, m) {
       " Tensor entropy, Tensor row_max, Tensor log_sum, int first_entry, int entries, int ignore_index,"
       " float temperature) -> ()");
   m.def("advise_huge_pages(Tensor t) -> ()");
-  // all [B]; `link` is mallowspo._C.Link, `divergence` mallowspo._C.Divergence; the gradients are those in the log-ratios
+  // all [B]; `link` is mallowspo._C.Link, `divergence` mallowspo._C.Divergence; gradients are those in the log-ratios
   m.def(
-      "preference_loss(Tensor chosen_logps, Tensor rejected_logps, Tensor? ref_chosen_logps, Tensor? ref_rejected_logps,"
-      " Tensor? neg_log_dispersion, int link, float beta, float gamma, float label_smoothing, bool robust,"
-      " float smoothing, float focal_gamma, bool clip_rejected, int divergence, float divergence_alpha,"
-      " float discopop_tau) -> (Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards)");
-  m.def(
-      "preference_loss_backward(Tensor grad_losses, Tensor chosen_logps, Tensor rejected_logps, Tensor? ref_chosen_logps,"
+      "preference_loss(Tensor chosen_logps, Tensor rejected_logps, Tensor? ref_chosen_logps,"
       " Tensor? ref_rejected_logps, Tensor? neg_log_dispersion, int link, float beta, float gamma,"
       " float label_smoothing, bool robust, float smoothing, float focal_gamma, bool clip_rejected, int divergence,"
       " float divergence_alpha, float discopop_tau)"
+      " -> (Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards)");
+  m.def(
+      "preference_loss_backward(Tensor grad_losses, Tensor chosen_logps, Tensor rejected_logps,"
+      " Tensor? ref_chosen_logps, Tensor? ref_rejected_logps, Tensor? neg_log_dispersion, int link, float beta,"
+      " float gamma, float label_smoothing, bool robust, float smoothing, float focal_gamma, bool clip_rejected,"
+      " int divergence, float divergence_alpha, float discopop_tau)"
       " -> (Tensor grad_chosen, Tensor grad_rejected, Tensor grad_dispersion)");
   // margin and neg_log_dispersion of one shape
   m.def("mallows_log_prob(Tensor margin, Tensor neg_log_dispersion, float smoothing) -> Tensor log_probs");

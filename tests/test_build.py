@@ -20,8 +20,8 @@ def run(command, **environment):
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
-def configure(build, **environment):
-    command = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+def configure(build, source=ROOT, **environment):
+    command = ["cmake", "-S", source, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
     return run([*command, f"-DMALLOWSPO_OUTPUT={build}/mallowspo"], **environment)
 
 
@@ -100,6 +100,34 @@ def test_old_torch_is_refused_at_import(tmp_path):
     assert "ImportError: mallowspo needs torch 2.10 or newer, found 2.9.1" in result.stderr
 
 
+def test_a_source_distribution_has_all_that_the_build_needs(tmp_path, monkeypatch):
+    """Made from a copy, in which setuptools may leave what it likes."""
+    copy = tmp_path / "copy"
+    left_out = (".*", "build", "build-*", "outputs", "*.egg-info", "__pycache__", "*.so", "*.dylib")
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*left_out))
+    monkeypatch.chdir(copy)
+    result = run([sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist('{tmp_path}')"])
+    assert result.returncode == 0, result.stderr
+    (archive,) = tmp_path.glob("mallowspo-*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path)
+    source = tmp_path / archive.name.removesuffix(".tar.gz")
+    for folder in ("csrc", "python/mallowspo"):
+        found, wanted = ({path.relative_to(top) for path in (top / folder).rglob("*")} for top in (source, copy))
+        assert found == wanted
+    assert not (source / "tests").exists()  # they need recipes, pages and benchmarks too
+    result = configure(tmp_path / "build", source, MALLOWSPO_CUDA="0")
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_failed_build_says_why_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", tmp_path / "temp", "--build-lib", tmp_path]
+    result = run(command, CXX="none")
+    first, *_, last = result.stderr[result.stderr.index("CMake Error") :].strip().split("\n\n")
+    assert result.returncode != 0 and "mallowspo: no C++ compiler was found" in first
+    assert last.strip() == "mallowspo: the native build failed; the first error above says why"
+
+
 def test_functional_needs_torch_alone():
     blocked = "import sys; sys.modules.update(dict.fromkeys(['transformers', 'datasets', 'accelerate', 'peft']));"
     result = run([sys.executable, "-c", blocked + "import mallowspo.functional as F; print(len(F.LINKS) > 0)"])
@@ -109,6 +137,8 @@ def test_functional_needs_torch_alone():
 def test_env_report():
     result = run([sys.executable, "-m", "mallowspo.env"])
     assert result.returncode == 0 and "CUDA kernels" in result.stdout and "torch" in result.stdout
+    result = run([sys.executable, "-m", "mallowspo.env", "all"])
+    assert result.returncode == 2 and not result.stdout and "unrecognized arguments: all" in result.stderr
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH: the CUDA kernels cannot be compiled here")
@@ -143,19 +173,22 @@ def test_device_tests_are_rehearsed():
 
 
 def test_the_stream_of_torch_is_found(tmp_path):
-    """Python loads a library so that nobody else sees its names; a CUDA torch, or a stand-in for it, must be found all the same."""
+    """Python loads a library so that nobody else sees its names; a CUDA torch or a stand-in must be found even so."""
     (tmp_path / "probe.cpp").write_text(
         '#include "cuda/stream.h"\n'
         'extern "C" void* found() { return reinterpret_cast<void*>(mallowspo::cuda::find_current_stream()); }\n'
     )
-    (tmp_path / "stub.cpp").write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 0; }\n')
+    (tmp_path / "stub.cpp").write_text(
+        'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 0; }\n'
+    )
     torch = Path(importlib.util.find_spec("torch").origin).parent
-    compiler = [os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"), "-std=c++17", "-shared", "-fPIC"]
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    options = ["-std=c++17", "-shared", "-fPIC"]
     probe, stub = tmp_path / "probe.so", tmp_path / "libtorch_cuda.so"
     includes = [f"-I{ROOT / 'csrc'}", f"-I{torch / 'include'}"]
     for command in (
-        [*compiler, *includes, tmp_path / "probe.cpp", "-ldl", "-o", probe],
-        [*compiler, tmp_path / "stub.cpp", "-Wl,-soname,libtorch_cuda.so", "-o", stub],
+        [compiler, *options, *includes, tmp_path / "probe.cpp", "-ldl", "-o", probe],
+        [compiler, *options, tmp_path / "stub.cpp", "-Wl,-soname,libtorch_cuda.so", "-o", stub],
     ):
         result = run(command)
         assert result.returncode == 0, result.stderr

@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import shlex
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
-from mallowspo import MallowsConfig, preset
+from mallowspo import MallowsConfig, preset, presets
 
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -52,6 +54,18 @@ def test_the_tree_has_every_module_once(folder):
     assert named == Counter(path.name for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py")
 
 
+def test_the_tree_has_every_file_beside_it():
+    tree = README.read_text().split("## The tree")[1].split("```")[1]
+    files = {path.name for path in ROOT.iterdir() if path.is_file()} - {"README.md", ".gitignore", ".git"}
+    assert files <= set(re.findall(r"[\w.]+", tree))
+
+
+def test_what_the_build_needs_is_said_in_full():
+    (line,) = re.findall(r"^(pip install .*)\npip install --no-build-isolation \.$", README.read_text(), re.M)
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert {*shlex.split(line)[2:], "torch>=2.10"} == set(needed)
+
+
 def test_every_make_target_there_is():
     makefile = (ROOT / "Makefile").read_text()
     targets = {
@@ -85,6 +99,33 @@ def test_every_argument_of_trl_is_in_the_page():
     assert own - partners <= told
     ours = {f.name for f in dataclasses.fields(MallowsConfig)} - {f.name for f in dataclasses.fields(_BaseConfig)}
     assert ours <= told | cells("TRL: to", 1)
+
+
+def refused(make):
+    """The presets for which `make` raises."""
+    found = set()
+    for name in presets():
+        try:
+            make(name)
+        except ValueError:
+            found.add(name)
+    return found
+
+
+def test_the_presets_that_refuse_label_smoothing_are_named():
+    (row,) = re.findall(r"^\| `label_smoothing` 0\.0.*", (DOCS / "coming_from.md").read_text(), re.M)
+    assert refused(lambda name: preset(name, label_smoothing=0.1)) == set(
+        re.findall(r"`([\w-]+)`", row.split("refused by")[1])
+    )
+
+
+def test_the_presets_that_trls_trainer_refuses_are_named(tmp_path):
+    pytest.importorskip("trl", reason="trl is not installed: pip install 'mallowspo[trl]'")
+    from mallowspo.integrations.trl import DPOConfig
+
+    (said,) = re.findall(r"^- Refused, .*(?:\n  .*)*", (DOCS / "coming_from.md").read_text(), re.M)
+    named = set(re.findall(r"`([\w-]+)`", said)) & set(presets())
+    assert refused(lambda name: DPOConfig(output_dir=str(tmp_path), bf16=False, loss_type=name)) == named
 
 
 def test_liger_gives_the_dpo_loss_of_the_page():

@@ -57,5 +57,7 @@ def test_the_page_is_made_of_the_table():
     assert PAGE.read_text() == methods.page(), "stale: python -m mallowspo.methods > docs/methods.md"
     command = [sys.executable, "-m", "mallowspo.methods"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == PAGE.read_text()
+    refused = subprocess.run([*command, "--all"], capture_output=True, text=True)
+    assert refused.returncode == 2 and not refused.stdout and "unrecognized arguments: --all" in refused.stderr
     for name, method in FAMILY.items():
         assert f"\n## {name}\n" in PAGE.read_text() and method.formula in PAGE.read_text()

@@ -343,8 +343,9 @@ def test_divergences_are_finite_at_huge_ratios(divergence):
 REFUSED = [
     ({"focal_gamma": 0.5, "link": "ipo"}, "focal_gamma=0.5 is a power of a probability, .* link 'ipo'"),
     ({"focal_gamma": -1.0}, "focal_gamma must be finite and >= 0, got -1.0"),
-    ({"focal_gamma": 0.5, "label_smoothing": 0.1}, "focal_gamma .* label_smoothing"),
-    ({"clip_rejected": True, "label_smoothing": 0.1}, "clip_rejected .* label_smoothing"),
+    ({"focal_gamma": 0.5, "label_smoothing": 0.1}, "focal_gamma=0.5 has no meaning for .* label_smoothing"),
+    ({"clip_rejected": True, "label_smoothing": 0.1}, "clip_rejected=True .* label_smoothing"),
+    ({"link": "exo", "clip_rejected": True, "label_smoothing": 0.1}, "clip_rejected=True .* EXO's target; leave it"),
     ({"link": "nca", "gamma": 0.1}, "gamma=0.1 changes a margin, and the link 'nca' has none"),
     ({"link": "bco", "label_smoothing": 0.1}, "label_smoothing=0.1 changes a margin, and the link 'bco'"),
     ({"link": "sppo", "robust": True}, "robust=True changes a margin, and the link 'sppo'"),

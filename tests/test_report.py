@@ -133,6 +133,7 @@ def test_neither_settings_nor_plots_nor_a_heading(folder):
         ),
         ("results.json", b"\xff\xfe{", ValueError, "results.json is no JSON"),
         ("results.json", "[1]", ValueError, "must hold a JSON object.*not a list"),
+        ("results.md", b"# caf\xe9", ValueError, "results.md is no UTF-8 text.*run the recipe again"),
         ("entropy.png", None, FileNotFoundError, "shows entropy.png, no PNG file"),
         ("results.md", "![far](https://example.org/x.png)", FileNotFoundError, "shows https://example.org/x.png"),
         ("results.md", "![up](../x.png)", FileNotFoundError, "shows ../x.png"),
@@ -157,6 +158,15 @@ def test_the_command_says_what_is_wrong_without_a_traceback(folder, capsys):
     with pytest.raises(SystemExit, match="1"):
         report.main([str(folder / "none")])
     assert capsys.readouterr().err.endswith("none is no folder; give the output_dir of a recipe's run\n")
+
+
+def test_the_command_says_that_the_page_cannot_be_written(folder, capsys):
+    (folder / "report.html").mkdir()
+    with pytest.raises(SystemExit, match="1"):
+        report.main([str(folder)])
+    said = f"{folder / 'report.html'} cannot be written: Is a directory; put that right and run this again\n"
+    assert capsys.readouterr().err == said
+    assert not list(folder.glob("*.tmp"))
 
 
 def test_a_missing_markdown_library_is_named(folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,6 +21,13 @@ from mallowspo.modeling import attach_token_stats, sequence_stats, share_prompts
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 RANK = 2  # of tiny.lora
+CONFIG = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+}
 
 
 def llama(model):
@@ -138,9 +146,52 @@ def test_sizes_are_those_of_the_model(tied, tmp_path):
 
 
 def test_a_config_without_the_newer_fields(tmp_path):
-    fields = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4}
-    (tmp_path / "config.json").write_text(json.dumps(fields | {"intermediate_size": 24}))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     assert sizing.Model.from_config(tmp_path) == sizing.Model(40, 16, 3, 4, 4, 24, 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is no file; give a config.json, or the folder"),
+        (b"\xff{", r"is no JSON \(.*\); give a config.json"),
+        (b"[1]", "must hold a JSON object, not a list"),
+        (
+            b'{"n_embd": 16}',
+            "has no whole number >= 1 as vocab_size, hidden_size, .*intermediate_size; give the config.json of",
+        ),
+        (CONFIG | {"hidden_size": 0, "head_dim": "8"}, "has no whole number >= 1 as hidden_size, head_dim; give"),
+        (CONFIG | {"num_local_experts": 8}, "has num_local_experts=8, a mixture of experts; give a dense model's"),
+        (CONFIG | {"num_experts": 60}, "has num_experts=60, a mixture of experts"),
+        (CONFIG | {"n_routed_experts": 64}, "has n_routed_experts=64, a mixture of experts"),
+    ],
+)
+def test_a_config_that_the_formulas_do_not_fit_is_refused(content, message, tmp_path, capsys):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        sizing.Model.from_config(path)
+    with pytest.raises(SystemExit, match="2"):
+        sizing.main(["--model", str(path)])
+    assert re.search(f"error: --model: {path} {message}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["gpus", "rank", *sizing.Batch._fields])
+@pytest.mark.parametrize("value", ["0", "-8", "1.5", "many"])
+def test_a_count_is_a_whole_number_from_one_on(name, value, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sizing.main([f"--{name}", value])
+    assert capsys.readouterr().err.endswith(f"argument --{name}: must be a whole number >= 1, got '{value}'\n")
+
+
+def test_the_command_prints_the_tables(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    sizing.main(
+        ["--model", str(tmp_path), "--gpus", "2", "--rank", "2", "--pairs", "1", "--prompt", "3", "--response", "5"]
+    )
+    model = sizing.Model(40, 16, 3, 4, 4, 24, 4)
+    assert capsys.readouterr().out == sizing.report(model, sizing.Batch(1, 3, 5), [2], 2) + "\n"
 
 
 def test_the_budget_is_that_of_a_gpu():
@@ -149,6 +200,15 @@ def test_the_budget_is_that_of_a_gpu():
 
 def test_llama_3_8b_has_the_parameters_of_its_model_card():
     assert sizing.Model().sizes()[0] == 8_030_261_248
+
+
+@pytest.mark.parametrize("library", ["accelerate", "DeepSpeed", "TRL"])
+def test_the_page_was_read_against_the_pinned_versions(library):
+    pins = (PAGE.parents[1] / "constraints.txt").read_text()
+    (said,) = re.findall(rf"\b{library} ([\d.]*\d)", PAGE.read_text())
+    assert re.search(rf"^{library.lower()}=={re.escape(said)}\b", pins, re.M), (
+        f"{said} is not what constraints.txt pins"
+    )
 
 
 def test_sharding_halves_with_twice_the_ranks_and_traffic_levels_off():

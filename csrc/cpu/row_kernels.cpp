@@ -1,5 +1,5 @@
-// token_stats forward and backward over a range of rows. Compiled once per instruction set with MALLOWSPO_ISA naming the
-// namespace. A row is read once, in blocks that stay in the L1 cache.
+// token_stats forward and backward over a range of rows. Compiled once per instruction set, with MALLOWSPO_ISA naming
+// the namespace. A row is read once, in blocks that stay in the L1 cache.
 #include "row_kernels.h"
 
 #include <type_traits>

@@ -93,4 +93,5 @@ def block_mask(segments, device):
         return (q >= kv) & same_prompt & (is_prompt[own[kv]] | (own[q] == own[kv]))
 
     size = len(own)
-    return create_block_mask(mask, None, None, size, size, device=device, _compile=device.type == "cuda")
+    create = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask  # else [size, size] bool
+    return create(mask, None, None, size, size, device=device)

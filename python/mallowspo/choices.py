@@ -82,7 +82,8 @@ def operator_settings(
         )
     for name, value in (("focal_gamma", focal_gamma), ("clip_rejected", clip_rejected)):
         if value and label_smoothing:
-            raise ValueError(f"{name} has no meaning for the flipped pair of label_smoothing; leave one of them at 0")
+            why = "EXO's target" if link in EXO_LINKS else "the flipped pair of label_smoothing"
+            raise ValueError(f"{name}={value!r} has no meaning for {why}; leave it out")
     if link in EXO_LINKS and (robust or not label_smoothing):
         raise ValueError(
             f"the link {link!r} reads label_smoothing as the rejected response's target probability: "

@@ -1,5 +1,6 @@
 """``python -m mallowspo.env``: what was built and what is found, for a bug report."""
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -34,5 +35,6 @@ def report():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m mallowspo.env", description=__doc__).parse_args()
     for name, text in report().items():
         print(f"{name:13} {text}")

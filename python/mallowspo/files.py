@@ -8,7 +8,7 @@ def write_whole(path, data):
     """Writes bytes to a path whose folder need not exist; a process that dies at any moment leaves the file as it was.
 
     Raises:
-        OSError: disk full, no permission; nothing is left behind.
+        OSError: disk full, no permission, a folder of that name; nothing is left behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

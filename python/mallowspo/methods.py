@@ -1,5 +1,6 @@
 """``python -m mallowspo.methods > docs/methods.md``: the page of all presets, made from the presets themselves."""
 
+import argparse
 from dataclasses import fields
 
 from mallowspo.family import FAMILY
@@ -48,4 +49,5 @@ def _fields(values):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m mallowspo.methods", description=__doc__).parse_args()
     print(page(), end="")

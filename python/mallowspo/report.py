@@ -74,7 +74,7 @@ def page(folder):
 
     Raises:
         FileNotFoundError: the folder, one of the two files or a plot that results.md shows is missing. ValueError:
-            results.json is no JSON object. ImportError: markdown-it-py is missing.
+            results.json is no JSON object, or results.md no UTF-8. ImportError: markdown-it-py is missing.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -122,7 +122,11 @@ def _render(folder):
         raise ImportError("the page needs markdown-it-py; run: pip install 'mallowspo[recipes]'") from error
     plots = {path.name: path for path in sorted(folder.glob("*.png"))}
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
-    tokens = markdown.parse((folder / "results.md").read_text(encoding="utf-8"))
+    path = folder / "results.md"
+    try:
+        tokens = markdown.parse(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}): damaged; run the recipe again") from error
     shown = {unquote(image.attrs["src"]) for token in tokens for image in _images(token)}
     others = [f"![{Path(name).stem.replace('_', ' ')}](<{name}>)" for name in plots if name not in shown]
     if others:
@@ -177,12 +181,16 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m mallowspo.report", description=__doc__.split("\n")[0])
     parser.add_argument("output_dir", type=Path, help="of a recipe's run; report.html is written into it")
     folder = parser.parse_args(arguments).output_dir
+    path = folder / "report.html"
     try:
         html = page(folder)
-    except (FileNotFoundError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:
         parser.exit(1, f"{error}\n")
-    write_whole(folder / "report.html", html.encode())
-    print(folder / "report.html")
+    try:
+        write_whole(path, html.encode())
+    except OSError as error:
+        parser.exit(1, f"{path} cannot be written: {error.strerror}; put that right and run this again\n")
+    print(path)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ GPUS = {"80 GB": 72e9, "141 GB": 127e9}  # nine tenths: CUDA's context, NCCL and
 NVLINK, PORT = 370e9, 50e9  # bytes/s one way: NVLink 4 as NCCL reaches it, the line rate of a 400 Gb/s port
 FLOPS = 0.35 * 989e12  # a second: utilisation times the dense bfloat16 peak of an H100 or H200 SXM
 BUDGET = 512 * 2**20  # linear_token_stats's memory_budget on a GPU
+COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configs call them
 
 
 class Model(NamedTuple):
@@ -28,12 +30,34 @@ class Model(NamedTuple):
 
     @classmethod
     def from_config(cls, path):
-        """The model of a config.json, or of the folder that has it."""
-        c = json.loads((Path(path, "config.json") if Path(path).is_dir() else Path(path)).read_text())
-        hidden, heads = c["hidden_size"], c["num_attention_heads"]
+        """The model of a config.json, or of the folder that has it.
+
+        Raises:
+            FileNotFoundError: there is none. ValueError: no JSON object, a count that is missing or no whole number
+                >= 1, or a mixture of experts.
+        """
+        path = Path(path, "config.json") if Path(path).is_dir() else Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is no file; give a config.json, or the folder that has it")
+        try:
+            c = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON ({error}); give a config.json") from error
+        if not isinstance(c, dict):
+            raise ValueError(f"{path} must hold a JSON object, not a {type(c).__name__}; give a config.json")
+        for name in EXPERTS:
+            if c.get(name):
+                raise ValueError(
+                    f"{path} has {name}={c[name]}, a mixture of experts; give a dense model's config.json"
+                )
+        optional = [name for name in ("num_key_value_heads", "head_dim") if c.get(name) is not None]
+        if wrong := [name for name in (*COUNTS, *optional) if type(c.get(name)) is not int or c[name] < 1]:
+            raise ValueError(
+                f"{path} has no whole number >= 1 as {', '.join(wrong)}; give the config.json of a Llama-like model"
+            )
+        vocab, hidden, layers, heads, mlp = (c[name] for name in COUNTS)
         kv_heads, head_size = c.get("num_key_value_heads") or heads, c.get("head_dim") or hidden // heads
-        sizes = c["vocab_size"], hidden, c["num_hidden_layers"], heads, kv_heads, c["intermediate_size"], head_size
-        return cls(*sizes, c.get("tie_word_embeddings", False))
+        return cls(vocab, hidden, layers, heads, kv_heads, mlp, head_size, c.get("tie_word_embeddings", False))
 
     def sizes(self, rank=0):
         """(all parameters P, those of a layer, those of the head, those of LoRA on every linear layer but the head)"""
@@ -140,12 +164,27 @@ def report(model, batch, gpus, rank):
     return "\n\n".join("\n".join(f"| {' | '.join(line)} |" for line in lines) for lines in tables)
 
 
-if __name__ == "__main__":
+def _count(text):
+    """A whole number >= 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+    return int(text)
+
+
+def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m mallowspo.sizing", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Model.from_config, default=Model(), help="a config.json; default Llama-3-8B")
-    parser.add_argument("--gpus", type=int, nargs="+", default=(8, 64))
-    parser.add_argument("--rank", type=int, default=16, help="of LoRA")
+    parser.add_argument("--model", metavar="PATH", help="a config.json, or its folder; default Llama-3-8B")
+    parser.add_argument("--gpus", type=_count, nargs="+", default=(8, 64))
+    parser.add_argument("--rank", type=_count, default=16, help="of LoRA; full fine-tuning stands beside it")
     for name, default in Batch()._asdict().items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    a = parser.parse_args()
-    print(report(a.model, Batch(a.pairs, a.prompt, a.response), a.gpus, a.rank))
+        parser.add_argument(f"--{name}", type=_count, default=default)
+    a = parser.parse_args(arguments)
+    try:
+        model = Model.from_config(a.model) if a.model else Model()
+    except (OSError, ValueError) as error:
+        parser.error(f"--model: {error}")
+    print(report(model, Batch(a.pairs, a.prompt, a.response), a.gpus, a.rank))
+
+
+if __name__ == "__main__":
+    main()
