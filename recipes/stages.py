@@ -58,6 +58,7 @@ class Stages:
 
     def __init__(self, folder, verbose=False):
         self._folder, self._verbose = Path(folder), verbose
+        self._folder.mkdir(parents=True, exist_ok=True)  # before the work, which a folder that cannot be would waste
 
     def value(self, name, inputs, compute):
         """What ``compute()`` gives, anything JSON can hold, without NaN."""
@@ -102,7 +103,6 @@ class Stages:
         """The path of the folder that ``compute(folder)`` makes and fills; nothing in it may change later."""
         path = self._path(name, digest(inputs))
         if not self._kept(name, path):
-            self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._folder) as temporary:
                 filled = Path(temporary) / "filled"
                 compute(filled)

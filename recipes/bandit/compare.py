@@ -274,6 +274,7 @@ def plot(settings, target):
 
 def main(arguments=None):
     (options,) = parse_options(Options, __doc__.split("\n")[0], arguments)
+    Path(options.output_dir).mkdir(parents=True, exist_ok=True)  # before the work, which is lost where it cannot be
     torch.set_num_threads(1)  # the tensors are small
     keys = itertools.product(options.distances, options.preferences, options.optimizers)
     settings = {key: run_setting(options, *key) for key in keys}

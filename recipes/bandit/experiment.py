@@ -14,7 +14,7 @@ import torch
 
 import mallowspo.functional as F
 from mallowspo.dispersion import calibrated_scale
-from options import list_field
+from options import check_at_least_one, list_field
 
 
 class Method(NamedTuple):
@@ -67,6 +67,9 @@ class ProblemOptions:
     def __post_init__(self):
         if self.num_seeds < 5:
             raise ValueError(f"num_seeds must be at least 5 for an interval, got {self.num_seeds}")
+        if self.num_actions < 2:
+            raise ValueError(f"num_actions must be at least 2 to choose from, got {self.num_actions}")
+        check_at_least_one(self, "demonstrations")
 
     def make_problem(self, distance, preferences):
         """The bandits under a distance, with so many comparisons a context."""

@@ -26,7 +26,7 @@ import report
 import sampling
 
 import mallowspo.functional as F
-from options import config_field, list_field, parse_options
+from options import check_at_least_one, check_positive, config_field, list_field, parse_options
 from reporting import package_versions
 from stages import Stages
 
@@ -56,6 +56,8 @@ class Options(experiment.ProblemOptions):
             values = getattr(self, name)
             if values != sorted(values) or values[0] <= 0:
                 raise ValueError(f"{name} must be positive and rise, got {values}")
+        check_positive(self, "betas", "kl_targets")
+        check_at_least_one(self, "steps", "preferences")
         unknown = set(self.optimizers) - set(experiment.OPTIMIZERS)
         if unknown:
             raise ValueError(f"unknown optimizers {sorted(unknown)}; choose from {', '.join(experiment.OPTIMIZERS)}")

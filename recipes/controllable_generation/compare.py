@@ -204,8 +204,7 @@ def plot(rows):
 
 
 def main(arguments=None):
-    recipe, training, grid = run.parse_arguments(arguments, Options)
-    points = points_of(grid)
+    recipe, training, points = run.parse_arguments(arguments, Options, points_of)
     shared = run.prepare(recipe, training)
     runs = run.train_and_evaluate(shared, points, [run.MOVIE])
     print(write_comparison(training.output_dir, runs, shared.pairs, *run.record(recipe, training)))

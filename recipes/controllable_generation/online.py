@@ -36,7 +36,7 @@ import sampling
 import models
 from mallowspo import MallowsConfig
 from mallowspo.modeling import add_adapter, attach_token_stats
-from options import check_at_least_one, config_field
+from options import check_at_least_one, check_positive, config_field
 from reporting import package_versions
 from stages import Stages, digest, read_checked, write_checked
 
@@ -100,9 +100,7 @@ def parse_arguments(arguments=None):
     pairs = recipe.train_prefixes // recipe.rounds * recipe.samples // 2
     if recipe.gold > pairs:
         raise ValueError(f"gold={recipe.gold} is more than the {pairs} pairs of a round; lower it or sample more")
-    for name in ("penalty", "temperature"):
-        if not 0 < getattr(recipe, name) < float("inf"):
-            raise ValueError(f"{name} must be positive and finite, got {getattr(recipe, name)}")
+    check_positive(recipe, "penalty", "temperature")
     if not 0 <= recipe.gae_lambda <= 1:
         raise ValueError(f"gae_lambda must be in [0, 1], got {recipe.gae_lambda}")
     methods = [Method(*point, labelling) for point in grid for labelling in LABELLINGS]

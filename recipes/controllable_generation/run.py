@@ -30,11 +30,12 @@ import report
 import sampling
 from training import ShowSteps, train, training_facts, training_of
 
+import methods
 import models
 import reviews
 from mallowspo import MallowsConfig, preset, presets
 from mallowspo.modeling import add_adapter, attach_token_stats
-from options import check_at_least_one, config_field, parse_options
+from options import check_at_least_one, check_not_negative, check_positive, config_field, parse_options
 from reporting import package_versions
 from stages import Stages, digest, folder_digest
 
@@ -76,23 +77,30 @@ class RecipeArguments:
     lora_rank: int = field(default=16, metadata={"help": "Train LoRA adapters of this rank; 0: every weight."})
 
 
-def parse_arguments(arguments=None, kind=RecipeArguments):
-    """(RecipeArguments or one of its kind, MallowsConfig, runs); runs are (preset, beta) in the order of the grid.
+def parse_arguments(arguments=None, kind=RecipeArguments, points_of=lambda grid: grid):
+    """(RecipeArguments or one of its kind, methods.SharedConfig, runs); runs are (preset, beta).
+
+    Args:
+        points_of: the runs of the (preset, beta) of the grid; default: these.
 
     Raises:
-        ValueError: options of :func:`options.parse_options`, a grid that cannot be meant, a number below 1, several
-            processes.
+        ValueError: options of :func:`options.parse_options`, a grid or a number that cannot be meant, options that one
+            of the presets cannot have or that none reads, several processes.
     """
-    recipe, training = parse_options((kind, MallowsConfig), __doc__.split("\n")[0], arguments)
+    recipe, training = parse_options((kind, methods.SharedConfig), __doc__.split("\n")[0], arguments)
     if training.beta is not None or training.loss_type != MallowsConfig.loss_type:
         raise ValueError("loss_type and beta are given by the grid; leave them out")
     if training.world_size > 1:
         raise ValueError("this recipe runs in one process; start it with python, not with a launcher of several")
     check_at_least_one(recipe, "seeds", "train_prefixes", "eval_prefixes", "eval_samples")
-    check_at_least_one(recipe, "max_new_tokens", "prefix_words")
+    check_at_least_one(recipe, "max_new_tokens", "prefix_words", "sample_batch_size")
+    check_not_negative(recipe, "sft_texts", "lora_rank")
+    check_positive(recipe, "sft_learning_rate")
     if recipe.samples < 2:
         raise ValueError(f"samples must be at least 2, to make a pair of, got {recipe.samples}")
-    return recipe, training, read_grid(recipe.grid)
+    runs = points_of(read_grid(recipe.grid))
+    methods.check_methods(training, list(dict.fromkeys(method for method, _ in runs)))
+    return recipe, training, runs
 
 
 def read_grid(text):

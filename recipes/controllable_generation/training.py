@@ -1,6 +1,5 @@
 """One training of the many: its settings, the training itself, and what its result depends on."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from datasets import Dataset
@@ -8,6 +7,7 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
+import methods
 import models
 from mallowspo import MallowsTrainer, preset
 from mallowspo.modeling import unprepared
@@ -17,9 +17,9 @@ def training_of(training, method, beta, seed, folder):
     """The MallowsConfig of one training; the pass of the reference is shared by all."""
     objective = preset(method)
     reads = objective.uses_dispersion or not objective.reference_free
-    return replace(
+    return methods.config_of(
         training,
-        loss_type=method,
+        method,
         beta=beta,
         seed=seed,
         precompute_ref_log_probs=training.precompute_ref_log_probs and reads,

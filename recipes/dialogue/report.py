@@ -75,12 +75,14 @@ def clustered_mean(values, clusters, seed=0):
 def clustered_share(wins, clusters):
     """Mean of 0, 1/2 and 1 and its 95% Wilson interval, honest at 0 and 1 too, where resampling sees no spread.
 
-    The number of trials is that of clusters, the cautious choice. Ties alone are no measurement: 1/2 without a spread.
+    The number of trials is that of clusters where they are equally large, and else the effective one of weights in
+    proportion to their sizes n, (sum n)^2 / sum n^2. Ties alone are no measurement: 1/2 without a spread.
 
     Args and Returns: as :func:`clustered_mean`.
     """
     wins = np.asarray(wins, dtype=np.float64)
-    mean, trials = float(wins.mean()), len(set(clusters))
+    sizes = np.unique(clusters, return_counts=True)[1]
+    mean, trials = float(wins.mean()), float(sizes.sum() ** 2 / (sizes**2).sum())
     if (wins == 0.5).all():
         return mean, mean, mean
     extra = 1.96**2 / trials
@@ -180,7 +182,7 @@ def compare_with_human_order(topics, permutations=10_000, seed=0):
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def write_report(output_dir, history, topics, settings, versions):
+def write_report(output_dir, history, topics, settings, versions, saved_step=None):
     """Writes results.json, results.md, training.png and dispersion_by_topic.png, each whole or not at all.
 
     Args:
@@ -189,21 +191,23 @@ def write_report(output_dir, history, topics, settings, versions):
             ``trainer.state.log_history`` with that prefix off.
         topics: of :func:`by_topic`.
         settings, versions: dicts that JSON can hold, for the record.
+        saved_step: of the evaluation of the model that was saved; None: the last.
 
     Returns:
         The text of results.md.
     """
+    after = history[-1] if saved_step is None else next(row for row in history if row["step"] == saved_step)
     order = compare_with_human_order(topics)
     results = {
         "before": history[0],
-        "after": history[-1],
+        "after": after,
         "topics": topics,
         "human_order": order,
         "history": history,
         "settings": settings,
         "versions": versions,
     }
-    text = _table(history[0], history[-1], topics, order)
+    text = _table(history[0], after, topics, order)
     figures = {"training": plot_training(history), "dispersion_by_topic": plot_topics(topics, order)}
     write_files(output_dir, finite(results), text, figures)
     return text

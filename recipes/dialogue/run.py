@@ -97,9 +97,12 @@ def main():
     trainer.save_model()
 
     evaluations = {entry["step"]: entry for entry in trainer.state.log_history if "eval_loss" in entry}
-    if trainer.state.global_step not in evaluations:
-        trainer.evaluate()
-        evaluations[trainer.state.global_step] = trainer.state.log_history[-1]
+    last = step = trainer.state.global_step
+    if training.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        step = trainer.state.best_global_step
+    if step != last or step not in evaluations:  # another step's model was loaded, or this one is not yet evaluated
+        metrics = trainer.evaluate()
+        evaluations[step] = evaluations.get(step, trainer.state.log_history[-1]) | metrics
     entries = [evaluations[step] for step in sorted(evaluations)]
     history = [{name.removeprefix("eval_"): value for name, value in entry.items()} for entry in entries]
     scored = {"train": (train, trainer.score(train)), "held out": (held_out, trainer.last_scores)}
@@ -111,7 +114,8 @@ def main():
         settings = {"recipe": asdict(recipe), "training": training.to_sanitized_dict()}
         packages = ["torch", "transformers", "accelerate", "datasets"] + ["peft"] * bool(recipe.lora_rank)
         versions = package_versions(*packages)
-        print(report.write_report(training.output_dir, history, report.by_topic(sides), settings, versions))
+        topics = report.by_topic(sides)
+        print(report.write_report(training.output_dir, history, topics, settings, versions, saved_step=step))
         print(f"written to {training.output_dir}")
     trainer.accelerator.end_training()  # an exit with gloo's threads at work aborts one run in many (torch's #190489)
 

@@ -5,11 +5,11 @@ preference formats.
 """
 
 import json
-import os
 import random
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import yaml
@@ -209,10 +209,10 @@ def load_pairs(name, held_out, seed, max_train_pairs=None, max_eval_pairs=None):
         ``prompt_id`` (int), and a list of str. No prompt is on both sides.
 
     Raises:
-        ValueError: a share or a number out of its range, no split to train on, too little data to hold any out.
+        ValueError: a share or a number out of its range, no such file, no split to train on, no pairs, texts without a
+            column ``prompt``, too little data to hold any out.
     """
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out must be in (0, 1), got {held_out}")
+    check_held_out(held_out)
     for option, number in (("max_train_pairs", max_train_pairs), ("max_eval_pairs", max_eval_pairs)):
         if number is not None and number < 1:
             raise ValueError(f"{option} must be at least 1 or left out for all pairs, got {number}")
@@ -231,31 +231,44 @@ def load_pairs(name, held_out, seed, max_train_pairs=None, max_eval_pairs=None):
     else:
         sides, notes = _load_named(name, held_out, seed)
     ids = {}
-    for i, (side, limit) in enumerate(zip(sides, (max_train_pairs, max_eval_pairs), strict=True)):
+    for i, side in enumerate(sides):
         keys = [prompt_key(row) for row in side]
         if "topic" not in side.column_names:
             side = side.add_column("topic", [Path(name).stem] * len(side))
-        side = side.add_column("prompt_id", [ids.setdefault(key, len(ids)) for key in keys])
-        sides[i] = side if limit is None else side.select(take_in_turn(side["topic"][:], limit))
+        sides[i] = side.add_column("prompt_id", [ids.setdefault(key, len(ids)) for key in keys])
     train, held = sides
+    train = _limited(train, max_train_pairs)
     shared = set(train["prompt_id"]) & set(held["prompt_id"])
     if shared:  # a data set's own test split may repeat prompts
         held = held.filter(lambda row: row["prompt_id"] not in shared, desc="Removing training prompts")
         notes.append(f"left out the held-out pairs of {len(shared)} prompts that are also trained on")
+    held = _limited(held, max_eval_pairs)
     if not len(train) or not len(held):
         raise ValueError(f"{name} gives {len(train)} training and {len(held)} held-out pairs; both need at least one")
     return train, held, notes
 
 
+def check_held_out(held_out):
+    """ValueError for a share that leaves one side without prompts."""
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out must be in (0, 1), got {held_out}")
+
+
+def _limited(side, limit):
+    return side if limit is None else side.select(take_in_turn(side["topic"][:], limit))
+
+
 def _load_named(name, held_out, seed):
     path = Path(name)
-    if path.is_file():
-        kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix)
-        if kind is None:
-            raise ValueError(f"the data set file must end in .json, .jsonl or .parquet, got {name!r}")
-        loaded = load_dataset(kind, data_files=name)
-    else:
-        loaded = load_dataset(name)
+    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix)
+    if path.is_file() and kind is None:
+        raise ValueError(f"the data set file must end in .json, .jsonl or .parquet, got {name!r}")
+    if kind is not None and not path.exists():
+        raise ValueError(f"there is no data set file {name!r}")
+    try:
+        loaded = load_dataset(kind, data_files=name) if path.is_file() else load_dataset(name)
+    except StopIteration as error:  # of an empty file
+        raise ValueError(f"the data set {name!r} has no rows") from error
     if not isinstance(loaded, DatasetDict) or "train" not in loaded:
         raise ValueError(f"the data set {name!r} has no split 'train'")
     notes, sides = [], {}
@@ -263,10 +276,16 @@ def _load_named(name, held_out, seed):
         if split not in loaded:
             continue
         sides[split] = loaded[split].shuffle(seed=seed)
+        if not len(sides[split]):
+            raise ValueError(f"the split {split!r} of the data set {name!r} has no rows")
         first = sides[split][0]
-        if "prompt" not in first and str(first.get("chosen")).startswith("\n\nHuman:"):
+        if not {"chosen", "rejected"} <= set(first):
+            raise ValueError(f"{name} needs the columns 'chosen' and 'rejected', of pairs; it has {', '.join(first)}")
+        if "prompt" not in first and str(first["chosen"]).startswith("\n\nHuman:"):
             sides[split], dropped = parse_transcripts(sides[split])
             notes += [f"left out {count} {split} rows: {reason}" for reason, count in dropped.items()]
+        elif "prompt" not in first and isinstance(first["chosen"], str):
+            raise ValueError(f"{name} needs a column 'prompt': two texts do not tell where their prompt ends")
     if "test" in sides:
         return [sides["train"], sides["test"]], notes
     keys = [prompt_key(row) for row in sides["train"]]
@@ -277,13 +296,11 @@ def _load_named(name, held_out, seed):
 
 
 def prompt_key(row):
-    """What makes two rows the same prompt: the column ``prompt``; without one, all messages but the last, or the text
-    that both sides share."""
+    """What makes two rows the same prompt: the column ``prompt``, else the messages that both sides begin with."""
     if "prompt" in row:
         return json.dumps(row["prompt"])
-    if isinstance(row["chosen"], str):
-        return os.path.commonprefix([row["chosen"], row["rejected"]])
-    return json.dumps(row["chosen"][:-1])
+    sides = zip(row["chosen"], row["rejected"], strict=False)
+    return json.dumps([message for message, _ in takewhile(lambda pair: pair[0] == pair[1], sides)])
 
 
 def take_in_turn(topics, count):

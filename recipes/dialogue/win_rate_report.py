@@ -72,8 +72,8 @@ def summarise(wins, differences):
 
     Returns:
         dict: ``win_rate`` and ``length_controlled``, each with ``_low`` and ``_high`` (95%, over prompts and seeds;
-        None for fewer than three prompts), ``ties``, ``length_difference`` (mean), ``length_correlation`` (of win and
-        difference; None where either is constant), ``comparisons``.
+        None for fewer than three prompts or two seeds), ``ties``, ``length_difference`` (mean), ``length_correlation``
+        (of win and difference; None where either is constant), ``comparisons``.
     """
     seeds, prompts, temperatures = wins.shape
     weights = np.repeat(crossed_weights(seeds, prompts)[..., None] / temperatures, temperatures, axis=-1)
@@ -85,7 +85,7 @@ def summarise(wins, differences):
     }
     summary = {}
     for name, (estimate, draws) in estimates.items():
-        low, high = np.quantile(draws, [0.025, 0.975]).tolist() if prompts >= 3 else (None, None)
+        low, high = np.quantile(draws, [0.025, 0.975]).tolist() if prompts >= 3 and seeds >= 2 else (None, None)
         summary |= {name: float(estimate), f"{name}_low": low, f"{name}_high": high}
     constant = won.std() == 0 or lengths.std() == 0
     return summary | {
@@ -214,7 +214,8 @@ def table(results):
         f"{pairs['chosen_longer']:.0%}, the shorter one in {pairs['rejected_longer']:.0%}; mean tokens "
         f"{pairs['chosen_tokens']:.1f} and {pairs['rejected_tokens']:.1f}.",
         "",
-        "Win rates (ties count half), 95% intervals over prompts and training seeds, both resampled. "
+        "Win rates (ties count half), 95% intervals over prompts and training seeds, both resampled (none with fewer "
+        "than three prompts or two seeds). "
         "Length-controlled: a logistic regression on the length difference, read at 0.",
         "",
     ]

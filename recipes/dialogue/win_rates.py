@@ -11,7 +11,6 @@ on the command line, which wins. Finished stages are kept in output_dir and used
 Writes results.json, results.md, win_rates.png and length_bias.png into output_dir.
 """
 
-import copy
 import json
 import sys
 from collections import Counter
@@ -28,10 +27,11 @@ from judges import EMBEDDING_PACKAGE, load_judge
 from sampling import sample_replies
 
 import mallowspo
+import methods
 import models
 from mallowspo import MallowsConfig, MallowsTrainer, presets
 from mallowspo.modeling import load_model
-from options import check_at_least_one, config_field, list_field, parse_options
+from options import check_at_least_one, check_not_negative, check_positive, config_field, list_field, parse_options
 from reporting import package_versions
 from stages import Stages, digest
 
@@ -81,17 +81,30 @@ class WinRateArguments:
     def __post_init__(self):
         check_at_least_one(self, "train_prompts", "eval_prompts", "max_new_tokens", "sample_batch_size", "num_seeds")
         check_at_least_one(self, "lora_rank")
-        if min(self.temperatures, default=-1) < 0:
-            raise ValueError(f"temperatures must be one or more numbers of at least 0, got {self.temperatures}")
+        check_not_negative(self, "temperatures")
+        check_positive(self, "pair_temperature")
+        sources.check_held_out(self.held_out)
         if self.replies_per_prompt < 2:
             raise ValueError(f"a best and a worst reply need replies_per_prompt >= 2, got {self.replies_per_prompt}")
         if not self.methods or set(self.methods) - set(presets()):
             raise ValueError(f"methods must be some of {', '.join(presets())}, got {self.methods}")
+        for name in ("temperatures", "methods"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must be one or more, each once, got {values}")
 
 
 def parse_arguments(arguments=None):
-    """(WinRateArguments, MallowsConfig); see options.parse_options."""
-    return parse_options((WinRateArguments, MallowsConfig), __doc__.split("\n")[0], arguments)
+    """(WinRateArguments, methods.SharedConfig); see options.parse_options.
+
+    Raises:
+        ValueError: also for loss_type, for options that a method cannot have or that none reads.
+    """
+    recipe, training = parse_options((WinRateArguments, methods.SharedConfig), __doc__.split("\n")[0], arguments)
+    if training.loss_type != MallowsConfig.loss_type:
+        raise ValueError("loss_type is given by methods; leave it out")
+    methods.check_methods(training, recipe.methods)
+    return recipe, training
 
 
 # ---- prompts and pairs ---------------------------------------------------------------------------------------------
@@ -223,9 +236,8 @@ class Experiment:
 
     def adapter(self, method, seed, pairs):
         """The folder of a trained adapter, with training.json: its last log, {} where it was too short for one."""
-        settings = copy.copy(self.training)  # dataclasses.replace would refuse a dispersion_scale beside dpo
-        settings.loss_type, settings.seed = method, seed
-        settings.reference_cache_dir = str(Path(self.training.output_dir) / "stages" / "reference")
+        cache = str(Path(self.training.output_dir) / "stages" / "reference")
+        settings = methods.config_of(self.training, method, seed=seed, reference_cache_dir=cache)
         matter = {k: v for k, v in settings.to_sanitized_dict().items() if k not in _NO_MATTER}
 
         def train(folder):

@@ -29,7 +29,7 @@ import report
 from mallowspo import functional as F
 from mallowspo.choices import PAIR_CHOICES, operator_settings
 from mallowspo.dispersion import agreement_to_neg_log_dispersion, calibrated_scale
-from options import check_at_least_one, config_field, list_field, parse_options
+from options import check_at_least_one, check_positive, config_field, list_field, parse_options
 from reporting import package_versions
 from stages import Stages
 
@@ -67,7 +67,8 @@ class DiffusionArguments:
 def check_arguments(arguments):
     """ValueError for options that no run can have."""
     check_at_least_one(arguments, "pretrain_steps", "pretrain_batch_size", "train_pairs", "seeds", "steps")
-    check_at_least_one(arguments, "batch_size", "sampling_steps", "held_out_timesteps")
+    check_at_least_one(arguments, "batch_size", "sampling_steps", "held_out_timesteps", "channels")
+    check_positive(arguments, "pretrain_learning_rate", "learning_rate")
     for name in ("samples", "held_out_pairs"):
         if getattr(arguments, name) < len(pictures.SHAPES):
             raise ValueError(

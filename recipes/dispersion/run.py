@@ -27,7 +27,7 @@ import report
 
 import models
 import reviews
-from options import config_field, parse_options
+from options import check_at_least_one, config_field, parse_options
 from reporting import package_versions
 from stages import Stages
 
@@ -53,10 +53,11 @@ class RecipeArguments:
 
 
 def parse_arguments(arguments=None):
-    """RecipeArguments; see options.parse_options. Raises ValueError for too few seeds or pairs too."""
+    """RecipeArguments; see options.parse_options. Raises ValueError for numbers too small too."""
     (recipe,) = parse_options(RecipeArguments, __doc__.split("\n")[0], arguments)
     if recipe.seeds < 2:
         raise ValueError(f"seeds must be at least 2 for an interval, got {recipe.seeds}")
+    check_at_least_one(recipe, "batch_size", "train_votes", "held_out_pairs")
     if recipe.pairs_per_domain < 5:
         raise ValueError(f"pairs_per_domain must be at least 5 to split the sentences, got {recipe.pairs_per_domain}")
     return recipe

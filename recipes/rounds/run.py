@@ -19,7 +19,14 @@ import experiment
 import figures
 import studies
 
-from options import config_field, list_field, parse_options
+from options import (
+    check_at_least_one,
+    check_not_negative,
+    check_positive,
+    config_field,
+    list_field,
+    parse_options,
+)
 from reporting import package_versions, write_files
 
 
@@ -45,8 +52,9 @@ class Options(experiment.ProblemOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if min(self.rounds, self.steps, self.comparisons, self.rewards, self.candidates, self.gold) < 1:
-            raise ValueError("rounds, steps, comparisons, rewards, candidates and gold must be at least 1")
+        check_at_least_one(self, "rounds", "steps", "comparisons", "rewards", "candidates", "gold")
+        check_positive(self, "learning_rate", "beta", "temperatures")
+        check_not_negative(self, "reward_noise")
         if self.gold > self.candidates * len(self.dispersions):
             raise ValueError(f"gold={self.gold} is more than all {self.candidates} candidates of every context")
         if not all(0 < alpha < 1 for alpha in self.alphas):
@@ -91,6 +99,7 @@ def run_studies(options, problem, seeds):
 
 def main(arguments=None):
     (options,) = parse_options(Options, __doc__.split("\n")[0], arguments)
+    Path(options.output_dir).mkdir(parents=True, exist_ok=True)  # before the work, which is lost where it cannot be
     torch.set_num_threads(1)  # the tables are small
     seeds = range(options.num_seeds)
     problem = options.make_problem(options.distance, 1)  # of a fixed data set, which no study here reads

@@ -108,6 +108,13 @@ def test_training_is_run_pys(bandit, name, method):
         assert values == pytest.approx(expected, abs=1e-4), metric
 
 
+def test_an_output_dir_that_cannot_be_is_found_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "out").touch()
+    monkeypatch.setattr(compare, "run_setting", lambda *_: pytest.fail("the work began"))
+    with pytest.raises(FileExistsError):
+        compare.main(["--output_dir", str(tmp_path / "out")])
+
+
 def test_a_whole_run(tmp_path):
     size = "--dispersions 0.2 0.8 --num_actions 4 --betas 0.25 16 --steps 12 --num_seeds 5 --kl_targets 0.01"
     command = [sys.executable, str(RECIPES / "bandit" / "compare.py"), "--output_dir", str(tmp_path), *size.split()]

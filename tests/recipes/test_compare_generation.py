@@ -40,6 +40,7 @@ def test_the_recipes_own_file_parses():
         (["--grid", '{"ppo": [1]}'], "unknown methods ppo"),
         (["--seeds", "0"], "seeds must be at least 1"),
         (["--grid", '{"ipo": [1]}'], "betas of dpo alone, got ipo"),
+        (["--label_smoothing", "0.1"], "label_smoothing=0.1 changes a margin"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(options, message):

@@ -224,6 +224,11 @@ def test_the_recipes_own_files_parse(name):
         settings = run.training_of(training, method, beta, 3, FOLDER)
         assert (settings.loss_type, settings.beta, settings.seed) == (method, beta, 3)
         assert settings.precompute_ref_log_probs == (method != "simpo")
+    given = ["--dispersion_scale", "0.145", "--smoothing", "0.3"]  # the presets of the grid that read them get them
+    _, training, _ = run.parse_arguments([*command, *given])
+    dpo, phi = (run.training_of(training, method, 0.1, 3, FOLDER) for method in ("dpo", "mallows-phi"))
+    assert (dpo.dispersion_scale, dpo.smoothing) == ("auto", None)
+    assert (phi.dispersion_scale, phi.smoothing) == (0.145, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +245,10 @@ def test_the_recipes_own_files_parse(name):
         (["--loss_type", "dpo"], "given by the grid"),
         (["--samples", "1"], "samples must be at least 2"),
         (["--seeds", "0"], "seeds must be at least 1"),
+        (["--sample_batch_size", "0"], "sample_batch_size must be at least 1, got 0"),
+        (["--sft_texts", "-3"], "sft_texts must be finite and at least 0, got -3"),
+        (["--sft_learning_rate", "inf"], "sft_learning_rate must be positive and finite, got inf"),
+        (["--grid", '{"dpo": [1]}', "--dispersion_scale", "0.145"], "dispersion_scale=0.145 is read by none of dpo"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(options, message):

@@ -155,6 +155,17 @@ def test_interval_of_a_share_contains_what_would_not_be_surprising():
     assert report.clustered_share([0.5, 0.5], [0, 1]) == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.parametrize("sizes", [[10] * 30, [5] * 10 + [1] * 30, [80] * 4 + [1] * 36])
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_interval_of_a_share_covers_it_whatever_the_sizes_of_the_clusters(sizes, share):
+    generator, clusters, covered = np.random.default_rng(0), np.repeat(np.arange(len(sizes)), sizes), []
+    for _ in range(500):
+        alike = (generator.random(len(sizes)) < share).astype(float)  # all pairs of a prompt
+        _, low, high = report.clustered_share(alike[clusters], clusters)
+        covered.append(low <= share <= high)
+    assert np.mean(covered) > 0.87
+
+
 def test_summary_counts_ties_half_and_divides_by_tokens():
     scores = make_scores(3)
     scores |= {"chosen_rewards": np.array([1.0, 0.0, 2.0]), "rejected_rewards": np.array([0.0, 0.0, 3.0])}
@@ -214,6 +225,15 @@ def test_human_order_is_compared_by_ranks():
         assert report.compare_with_human_order(rows_of(too_little))["spearman"] is None
 
 
+def test_report_is_of_the_model_that_was_saved(tmp_path):
+    scores, ids = make_scores(30), list(range(30))
+    history = [{"step": step, "loss": loss} for step, loss in ((0, 0.7), (5, 0.4), (9, 0.6))]
+    rows = report.by_topic({"held out": (scores, ["ai"] * 30, ids)})
+    text = report.write_report(tmp_path, history, rows, {}, {}, saved_step=5)
+    assert json.loads((tmp_path / "results.json").read_text())["after"] == history[1]
+    assert "after 5 steps" in text and "0.400" in text
+
+
 @pytest.mark.parametrize("reference", [True, False])
 def test_report_is_written_whole_and_its_json_parses(tmp_path, reference):
     scores = make_scores(30, reference=reference)
@@ -238,7 +258,9 @@ def test_report_is_written_whole_and_its_json_parses(tmp_path, reference):
 # ---- a whole run ---------------------------------------------------------------------------------------------------
 
 
-def test_a_run_reports_and_a_resumed_one_keeps_its_beginning(monkeypatch, tmp_path, tiny_model, tiny_tokenizer):
+@pytest.fixture
+def start(monkeypatch, tmp_path, tiny_model, tiny_tokenizer):
+    """A function that runs the recipe on tiny things, and its output_dir."""
     tiny_model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     rows = [
@@ -260,10 +282,18 @@ def test_a_run_reports_and_a_resumed_one_keeps_its_beginning(monkeypatch, tmp_pa
         "disable_tqdm": True,
     }
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(options))
-    command = ["run.py", "--config", str(tmp_path / "x.yaml"), "--max_steps"]
-    monkeypatch.setattr(sys, "argv", [*command, "2"])
-    run.main()
-    first = json.loads((out / "results.json").read_text())
+
+    def run_with(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run.py", "--config", str(tmp_path / "x.yaml"), *arguments])
+        run.main()
+        return json.loads((out / "results.json").read_text())
+
+    return run_with, out
+
+
+def test_a_run_reports_and_a_resumed_one_keeps_its_beginning(start):
+    run_with, out = start
+    first = run_with("--max_steps", "2")
     assert first["before"]["step"] == 0
     assert first["before"]["rewards/accuracies"] == 0.5
     assert first["before"]["loss"] == pytest.approx(np.log(2), rel=1e-5)
@@ -272,9 +302,21 @@ def test_a_run_reports_and_a_resumed_one_keeps_its_beginning(monkeypatch, tmp_pa
     assert first["settings"]["recipe"]["held_out"] == 0.4
     assert (out / "model.safetensors").exists()
 
-    monkeypatch.setattr(sys, "argv", [*command, "5", "--resume_from_checkpoint", str(out / "checkpoint-2")])
-    run.main()
-    second = json.loads((out / "results.json").read_text())
+    second = run_with("--max_steps", "5", "--resume_from_checkpoint", str(out / "checkpoint-2"))
     assert [row["step"] for row in second["history"]] == [0, 2, 4, 5]
     assert second["before"] == first["before"]
     assert second["history"][1]["loss"] == pytest.approx(first["after"]["loss"], rel=1e-5)
+
+
+def test_results_are_those_of_the_best_model_where_it_is_saved(start):
+    run_with, out = start
+    best = ("--load_best_model_at_end", "true", "--greater_is_better", "true")  # the largest loss
+    found = run_with("--max_steps", "6", "--lr_scheduler_type", "constant", *best)
+    assert [row["step"] for row in found["history"]] == [0, 2, 4, 6]
+    losses = {row["step"]: row["loss"] for row in found["history"][1:]}
+    step = max(losses, key=losses.get)
+    assert step != 6 and found["after"] == found["history"][step // 2]
+    saved = (out / f"checkpoint-{step}" / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == saved
+    again = run_with("--max_steps", str(step), "--lr_scheduler_type", "constant")  # its accuracy by topic too
+    assert found["topics"] == again["topics"] and found["after"]["loss"] == pytest.approx(again["after"]["loss"])

@@ -228,12 +228,63 @@ def test_implicit_prompts_pass_through_and_are_split_by_prompt(tmp_path):
     assert set(train.column_names) == {"chosen", "rejected", "topic", "prompt_id"}
     assert (len(train), len(held)) == (12, 3)
     assert len({row["chosen"][0]["content"] for row in held}) == 1
-    texts = [{"chosen": f"q{i % 5}: a{i}", "rejected": f"q{i % 5}: b"} for i in range(15)]
-    train, held, _ = sources.load_pairs(write_jsonl(tmp_path / "y.jsonl", texts), 0.2, 1)
-    assert (len(train), len(held)) == (12, 3)
+
+
+def test_a_prompt_is_on_one_side_whatever_its_replies_begin_with(tmp_path):
+    rows = [
+        {side: messages(f"q{i}", f"{word[0]} {j}", "go on", f"{word} {j}") for side, word in SIDES}
+        for i in range(10)
+        for j in range(3)
+    ]
+    train, held, _ = sources.load_pairs(write_jsonl(tmp_path / "x.jsonl", rows), 0.3, 0)
+    asked = [{row["chosen"][0]["content"] for row in side} for side in (train, held)]
+    assert not asked[0] & asked[1] and (len(train), len(held)) == (21, 9)
+    # Of texts it cannot be known: "q0: a 0" and "q0: a 1" share the first word of their replies.
+    texts = [{side: f"q{i}: {j} {word}" for side, word in SIDES} for i in range(10) for j in range(3)]
+    with pytest.raises(ValueError, match="y.jsonl needs a column 'prompt': two texts"):
+        sources.load_pairs(write_jsonl(tmp_path / "y.jsonl", texts), 0.3, 0)
+
+
+SIDES = (("chosen", "good"), ("rejected", "bad"))
+
+
+def messages(*turns):
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
+def test_the_held_out_limit_counts_prompts_that_are_not_trained_on(tmp_path):
+    rows = [{"prompt": f"p{i}", "chosen": " a", "rejected": " b"} for i in range(70)]
+    write_jsonl(tmp_path / "train.jsonl", rows[:40])
+    write_jsonl(tmp_path / "test.jsonl", rows[10:])
+    train, held, notes = sources.load_pairs(str(tmp_path), 0.2, 0, max_eval_pairs=28)
+    assert (len(train), len(held)) == (40, 28) and not set(train["prompt"]) & set(held["prompt"])
+    assert "30 prompts" in notes[-1]
+    train, held, _ = sources.load_pairs(str(tmp_path), 0.2, 0, max_train_pairs=5, max_eval_pairs=55)
+    assert (len(train), len(held)) == (5, 55)  # what is not trained on can be held out
 
 
 def test_files_of_other_kinds_are_refused(tmp_path):
     (tmp_path / "x.txt").write_text("hello")
     with pytest.raises(ValueError, match="must end in .json"):
         sources.load_pairs(str(tmp_path / "x.txt"), 0.2, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, "there is no data set file '.*x.jsonl'"),
+        ([], "the data set '.*x.jsonl' has no rows"),
+        (
+            [{"prompt": "a", "rejected": "b"}],
+            "x.jsonl needs the columns 'chosen' and 'rejected', .* has prompt, rejected",
+        ),
+        ([{"prompt": "a", "completion": "b", "label": True}], "it has prompt, completion, label"),
+        ([{"question": "a", "answer": "b"}], "it has question, answer"),
+    ],
+)
+def test_files_without_pairs_are_refused(tmp_path, rows, message):
+    path = tmp_path / "x.jsonl"
+    if rows is not None:
+        write_jsonl(path, rows * 5)
+    with pytest.raises(ValueError, match=message):
+        sources.load_pairs(str(path), 0.2, 0)

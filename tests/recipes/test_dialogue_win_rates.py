@@ -334,11 +334,33 @@ def test_prompts_that_cannot_be_had_are_named(tmp_path):
         ({"methods": []}, "methods must be some of"),
         ({"temperatures": [0.5, -1.0]}, r"at least 0, got \[0.5, -1.0\]"),
         ({"temperatures": []}, "one or more"),
+        ({"temperatures": [0.5, float("nan")]}, "temperatures must be finite and at least 0"),
+        ({"temperatures": [1.0, 0.5, 1.0]}, "temperatures must be one or more, each once"),
+        ({"methods": ["dpo", "dpo"]}, "methods must be one or more, each once"),
+        ({"pair_temperature": 0.0}, "pair_temperature must be positive and finite, got 0.0"),
+        ({"held_out": 1.5}, r"held_out must be in \(0, 1\), got 1.5"),
     ],
 )
 def test_bad_sizes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         arguments(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--loss_type", "simpo"], "loss_type is given by methods; leave it out"),
+        (["--smoothing", "0.3"], "smoothing=0.3 is read by none of dpo, mallows-theta"),
+    ],
+)
+def test_options_that_are_not_read_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        win_rates.parse_arguments(options)
+
+
+def test_an_option_of_one_method_is_left_to_it():
+    recipe, training = win_rates.parse_arguments(["--methods", "dpo", "mallows-phi", "--smoothing", "0.3"])
+    assert (recipe.methods, training.smoothing) == (["dpo", "mallows-phi"], 0.3)
 
 
 PAPER = str(FOLDER / "win_rates_paper.yaml")
@@ -380,6 +402,8 @@ def test_intervals_count_both_prompts_and_seeds():
     assert widths["each"] < widths["prompt"] < widths["seed"]
     two = win_rate_report.summarise(np.ones((3, 2, 1)), np.zeros((3, 2, 1)))
     assert (two["win_rate"], two["win_rate_low"], two["length_correlation"]) == (1, None, None)
+    one_seed = win_rate_report.summarise(each[:1], lengths[:1])  # says nothing of the spread between seeds
+    assert (one_seed["win_rate_low"], one_seed["length_controlled_high"]) == (None, None)
 
 
 def test_length_control_takes_the_length_out():

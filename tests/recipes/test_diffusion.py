@@ -207,6 +207,8 @@ def test_without_diffusers_the_message_says_what_to_install(monkeypatch):
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--samples", "3"], "samples must be at least 4, one a shape, got 3"),
         (["--batch_size", "2000"], "batch_size 2000 is more than train_pairs 1024"),
+        (["--channels", "16", "0"], r"channels must be at least 1, got \[16, 0\]"),
+        (["--learning_rate", "nan"], "learning_rate must be positive and finite, got nan"),
         (["--beta", "-1"], "beta must be finite and positive, got -1"),
     ],
 )

@@ -349,6 +349,8 @@ def test_options():
         run.parse_arguments(["--seeds", "1"])
     with pytest.raises(ValueError, match="pairs_per_domain must be at least 5"):
         run.parse_arguments(["--pairs_per_domain", "4"])
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        run.parse_arguments(["--batch_size", "0"])
     paper = run.parse_arguments(["--config", str(RECIPES / "dispersion" / "paper.yaml")])
     assert (paper.model, paper.dtype) == ("EleutherAI/pythia-2.8b", "bfloat16")
     assert paper.pairs_per_domain <= 1570 and paper.output_dir != run.RecipeArguments().output_dir

@@ -196,6 +196,31 @@ def test_a_small_run(tmp_path, capsys):
             assert f"{values['reward']['mean'][4]:.3f}" in row and f"{values['kl']['mean'][4]:.3f}" in row
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"beta": -4.0}, "beta must be positive and finite, got -4.0"),
+        ({"beta": float("nan")}, "beta must be positive and finite, got nan"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),
+        ({"temperatures": [0.1, 0.0]}, "temperatures must be positive and finite"),
+        ({"reward_noise": -1.0}, "reward_noise must be finite and at least 0, got -1.0"),
+        ({"gold": 1000}, "gold=1000 is more than all 8 candidates"),
+        ({"alphas": [1.0]}, r"alphas must be in \(0, 1\)"),
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        run.Options(**options)
+
+
+def test_an_output_dir_that_cannot_be_is_found_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "out").touch()
+    monkeypatch.setattr(run, "run_studies", lambda *_: pytest.fail("the work began"))
+    with pytest.raises(FileExistsError):
+        run.main(["--output_dir", str(tmp_path / "out")])
+
+
 def test_the_readme_has_the_tables_of_the_default_run():
     """Each row of its tables names a method that the default options run."""
     (options,) = run.parse_options(run.Options, "", [])

@@ -87,6 +87,12 @@ def test_an_interrupted_stage_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_is_found_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        stages.Stages(tmp_path / "file")
+
+
 def test_interrupted_chunks_go_on_where_they_were(tmp_path):
     kept, seen = stages.Stages(tmp_path), []
 
