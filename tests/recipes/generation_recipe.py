@@ -1,10 +1,17 @@
-"""What the tests of controllable generation share: its modules, an archive and a model of a few kilobytes."""
+"""What the tests of controllable generation share: its modules, an archive and models of a few kilobytes."""
 
 import pytest
 import torch
 from load_recipe import RECIPES, import_recipe, tar_of
+from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 FOLDER = RECIPES / "controllable_generation"
 compare, run, report, sampling, preferences, reviews = import_recipe(
@@ -42,6 +49,17 @@ def byte_model(tmp_path):
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=257, **shape)).save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
+
+
+def save_classifier(folder):
+    config = GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=64, pad_token_id=0)
+    config.id2label, config.label2id = {0: "NEGATIVE", 1: "POSITIVE"}, {"NEGATIVE": 0, "POSITIVE": 1}
+    torch.manual_seed(0)
+    model = GPT2ForSequenceClassification(config).eval()
+    model.score.weight.data *= 50
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
 
 
 def command(model, out, **options):
