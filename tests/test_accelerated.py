@@ -276,6 +276,8 @@ def test_what_has_no_rounds_of_epochs(tmp_path):
     for options in ({"precompute_ref_log_probs": True}, {"loss_type": "mallows-theta"}):
         with pytest.raises(ValueError, match="that of the first round"):
             AcceleratedRounds(accelerated_trainer(tmp_path, **options))
+        with pytest.raises(ValueError, match="that of the first round"):
+            accelerated_trainer(tmp_path, **options).next_round()
     AcceleratedRounds(accelerated_trainer(tmp_path, loss_type="mallows-theta", dispersion_scale=0.3))
     trainer = accelerated_trainer(tmp_path / "resumed", save_strategy="epoch", num_train_epochs=2)
     trainer.add_callback(AcceleratedRounds(trainer))
@@ -296,6 +298,21 @@ def test_what_cannot_be_accelerated(tmp_path, options, message):
     )
     with pytest.raises(ValueError, match=message):
         AcceleratedTrainer(tiny_model(), tiny_model(), alpha=0.3, args=args, train_dataset=tiny_pairs(2))
+
+
+def test_the_card_names_the_reference(tmp_path):
+    models = {"ref_model": tiny_model(seed=1), "previous_model": tiny_model(seed=2)}
+    tiny_trainer(tmp_path, kind=AcceleratedTrainer, alpha=0.3, loss_type="dpo", **models).create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "Reference: the results of the two rounds before, extrapolated with alpha = 0.3." in card
+
+
+def test_the_model_before_must_be_another(tmp_path):
+    """An adapter would be put into it too."""
+    model = tiny_model()
+    options = {"kind": AcceleratedTrainer, "ref_model": tiny_model(), "loss_type": "dpo", "alpha": 0.3}
+    with pytest.raises(ValueError, match="previous_model is the model itself or has its weights"):
+        tiny_trainer(tmp_path, model, previous_model=model, peft_config=lora(), **options)
 
 
 def test_a_mixture_is_refused(tmp_path):

@@ -110,6 +110,22 @@ def test_the_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [name for name in os.listdir(tmp_path) if "generations" in name] == ["generations.jsonl"]
 
 
+def test_the_best_model_is_sampled_anew(tmp_path):
+    """At the step of the last evaluation, but with other weights."""
+    options = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 4} | EVERY_STEP
+    trainer = with_samples(tmp_path, learning_rate=0.1, **options)
+    trainer.train()
+    best, last = trainer.state.best_global_step, sampled(tmp_path, 4)
+    trainer.evaluate()
+    assert sampled(tmp_path, 4) == sampled(tmp_path, best) != last
+
+
+def test_a_new_run_drops_the_samples_of_the_old_one(tmp_path):
+    for steps in (3, 2):
+        with_samples(tmp_path, max_steps=steps, **EVERY_STEP).train()
+    assert [row["step"] for row in sampled(tmp_path)] == [1] * 3 + [2] * 3
+
+
 def test_text_that_looks_like_several_lines(tmp_path, monkeypatch):
     text = 'a\nb\r\n\u2028"\x85|\u00e9'
     trainer = with_samples(tmp_path)

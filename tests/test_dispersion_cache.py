@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from tiny import lora, tiny_model
 
-from mallowspo.dispersion import fingerprint, load_cache, save_cache
+from mallowspo.dispersion import check_cache_folder, fingerprint, load_cache, save_cache
 
 # Key
 
@@ -218,5 +218,23 @@ def test_a_failed_write_keeps_the_cache_that_was_there(path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="could not be written.*set reference_cache_dir"):
-        save_cache(tmp_path / "file" / "abc.safetensors", COLUMNS, "abc")
+    for attempt in (
+        lambda: save_cache(tmp_path / "file" / "abc.safetensors", COLUMNS, "abc"),
+        lambda: check_cache_folder(tmp_path / "file"),
+    ):
+        with pytest.raises(OSError, match="could not be written.*set reference_cache_dir"):
+            attempt()
+
+
+def test_processes_with_the_same_number_do_not_meet(path, monkeypatch):
+    """In containers each is process 1: while one of them writes, another one does the same."""
+    sync = os.fsync
+
+    def meanwhile(descriptor):
+        monkeypatch.setattr(os, "fsync", sync)
+        save_cache(path, COLUMNS, "abc")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    save_cache(path, COLUMNS, "abc")
+    assert os.listdir(path.parent) == [path.name] and same_bits(load_cache(path, "abc", 5), COLUMNS)

@@ -194,6 +194,21 @@ def test_the_best_model_has_its_own_value_head(tmp_path):
     assert [step for step, match in zip((1, 2, 3), matching, strict=True) if match] == [trainer.state.best_global_step]
 
 
+def test_the_card_names_the_term(tmp_path):
+    trainer = hybrid_trainer(tmp_path)
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    for name, value in (trainer._term | {"expectile": trainer.expectile}).items():
+        assert f"| {name} (HPO) | {value} |" in card
+
+
+def test_the_checkpoint_of_another_trainer_is_refused(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    tiny_trainer(tmp_path, train_dataset=rewarded(6), **options).train()
+    with pytest.raises(ValueError, match="the checkpoint is not a HybridTrainer's"):
+        hybrid_trainer(tmp_path, max_steps=3, **options).train(resume_from_checkpoint=True)
+
+
 def train_and_save(folder):
     """What every rank does; ten pairs fill two and a half batches of four."""
     trainer = hybrid_trainer(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from importlib.metadata import version
 
 import pytest
@@ -123,6 +124,9 @@ def test_folders_of_this_machine_stay_out_of_it(tmp_path):
     text = (tmp_path / "mine/README.md").read_text()
     assert "Fine-tuned from `base`" in text and "Reference: `base`." in text
     assert "secret" not in text and written(tmp_path / "mine").data.base_model is None
+    shutil.rmtree(folder)
+    trainer.create_model_card()
+    assert (tmp_path / "mine/README.md").read_text() == text
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -158,6 +162,33 @@ def test_the_evaluation_is_that_of_the_saved_weights(tmp_path):
         ".": trainer.score(held_out)["losses"].mean(),
     }.items():
         assert float(rows(written(tmp_path / folder))["eval_loss"][0]) == pytest.approx(loss, rel=1e-4)
+
+
+def test_the_best_step_is_that_of_its_checkpoint(tmp_path):
+    """An evaluation may be better where no checkpoint is; then other weights are loaded, or none."""
+    held_out, options = tiny_pairs(5, seed=1), {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+    trainer = tiny_trainer(
+        tmp_path,
+        eval_dataset=held_out,
+        load_best_model_at_end=True,
+        save_steps=2,
+        max_steps=4,
+        learning_rate=0.1,  # so much that the first step is the best one
+        **options,
+    )
+    trainer.train()
+    trainer.save_model()
+    loss = trainer.score(held_out)["losses"].mean()
+    assert trainer.state.best_global_step == 1
+    assert float(rows(written(tmp_path))["eval_loss"][0]) == pytest.approx(loss, rel=1e-4)
+
+
+def test_a_batch_that_was_made_smaller(tmp_path):
+    trainer = tiny_trainer(tmp_path, per_device_train_batch_size=4)
+    trainer._train_batch_size = 2  # as by auto_find_batch_size
+    trainer.create_model_card()
+    cells = rows(written(tmp_path))
+    assert cells["per_device_train_batch_size"] == cells["pairs per step"] == ["2"]
 
 
 def test_several_evaluation_sets(tmp_path):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from tiny import cache_files, tiny_model, tiny_pairs, tiny_trainer, train_logs
 
+from mallowspo import MallowsTrainer
+
 
 def test_a_reference_free_objective_gets_its_dispersion_once(tmp_path):
     trainer = tiny_trainer(tmp_path, loss_type="mallows-simpo", dispersion_scale=0.3, max_steps=2)
@@ -115,3 +117,10 @@ def test_a_reference_that_knows_all_or_nothing(tmp_path, head_gain, entropy, los
     for log in train_logs(trainer):
         assert log["dispersion/entropy"] == pytest.approx(entropy, abs=0.01)
         assert all(math.isfinite(value) for value in log.values())
+
+
+def test_a_cache_that_cannot_be_written_stops_the_run_before_the_pass(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(MallowsTrainer, "_over_pairs", None)
+    with pytest.raises(OSError, match="could not be written.*set reference_cache_dir"):
+        tiny_trainer(tmp_path / "a", reference_cache_dir=str(tmp_path / "file"))

@@ -269,6 +269,9 @@ def test_a_new_data_set_needs_a_reference_that_is_still_there(tmp_path):
             ValueError, match="not given to the constructor.*pass it as eval_dataset, or pass ref_model"
         ):
             use(new)
+    moving = tiny_trainer(tmp_path, tiny_model("qwen2"), peft_config=lora(bias="all"))
+    with pytest.raises(ValueError, match="bias is trained .* would not stay the reference"):
+        moving.evaluate(new)
     expected = tiny_trainer(tmp_path, ref_model=tiny_model(), eval_dataset=new)
     for options in ({"ref_model": tiny_model()}, {"peft_config": lora()}):
         trainer = tiny_trainer(tmp_path, **options)

@@ -19,7 +19,7 @@ import torch
 from transformers import TrainerCallback
 
 from mallowspo.data import REFERENCE_COLUMNS, TOKEN_REFERENCE_COLUMNS
-from mallowspo.modeling import attach_token_stats, disable_dropout, load_model, unprepared
+from mallowspo.modeling import attach_token_stats, check_apart, disable_dropout, load_model, unprepared
 from mallowspo.trainer import MallowsTrainer
 
 
@@ -75,7 +75,10 @@ class AcceleratedTrainer(MallowsTrainer):
             raise ValueError(f"loss_type {args.loss_type!r} has no reference, which is what acceleration extrapolates")
         self.alpha, self.previous_model = alpha, None
         if previous_model is not None:
-            self.previous_model = load_model(previous_model, args.model_init_kwargs).requires_grad_(False)
+            self.previous_model = load_model(previous_model, args.model_init_kwargs)
+            if isinstance(model, torch.nn.Module):
+                check_apart("previous_model", self.previous_model, model)
+            self.previous_model.requires_grad_(False)
             attach_token_stats(self.previous_model)
             if args.disable_dropout:
                 disable_dropout(self.previous_model)
@@ -83,6 +86,11 @@ class AcceleratedTrainer(MallowsTrainer):
 
     def _shares_prompts(self, args, *models):
         return super()._shares_prompts(args, *models, self.previous_model)
+
+    def _described_reference(self):
+        if self.previous_model is None:
+            return super()._described_reference()
+        return f"the results of the two rounds before, extrapolated with alpha = {self.alpha:g}"
 
     def _columns_of(self, model, dataset, name):
         current = super()._columns_of(model, dataset, name)
@@ -107,9 +115,26 @@ class AcceleratedTrainer(MallowsTrainer):
         pairs = {name: (getattr(current, name), getattr(previous, name)) for name in ("logps", "token_logps")}
         return [current._replace(**{name: extrapolated(*pair, self.alpha) for name, pair in pairs.items()})]
 
+    def check_rounds(self):
+        """ValueError where :meth:`next_round` is not possible."""
+        if self.ref_model is None:
+            raise ValueError("the rounds need a reference of their own: pass ref_model")
+        if self._cached:
+            raise ValueError(
+                "the cached reference is that of the first round: set precompute_ref_log_probs=False, and "
+                "dispersion_scale to a number where the dispersion comes from entropies"
+            )
+        _check_whole(self)
+
     @torch.no_grad()
     def next_round(self):
-        """Ends a round: the model becomes the reference, the reference the one before, and the model moves on."""
+        """Ends a round: the model becomes the reference, the reference the one before, and the model moves on.
+
+        Raises:
+            ValueError: a reference that is cached or is the model itself without its adapter, weights that are split
+                over the ranks.
+        """
+        self.check_rounds()
         current = unprepared(copy.deepcopy(self.model)).requires_grad_(False)
         self.ref_model, self.previous_model = current, self.ref_model
         extrapolate_parameters_(self.model, self.previous_model, self.alpha)
@@ -129,21 +154,13 @@ class AcceleratedRounds(TrainerCallback):
         trainer: the AcceleratedTrainer it is added to.
 
     Raises:
-        TypeError: another trainer. ValueError: a reference that is cached or is the model itself without its adapter,
-            weights that are split over the ranks; when training begins, a run that is resumed.
+        TypeError: another trainer. ValueError: of ``next_round``; when training begins, a run that is resumed.
     """
 
     def __init__(self, trainer):
         if not isinstance(trainer, AcceleratedTrainer):
             raise TypeError(f"AcceleratedRounds needs an AcceleratedTrainer, got {type(trainer).__name__}")
-        if trainer.ref_model is None:
-            raise ValueError("the rounds need a reference of their own: pass ref_model")
-        if REFERENCE_COLUMNS[0] in trainer._prepared(trainer.train_dataset).column_names:
-            raise ValueError(
-                "the cached reference is that of the first round: set precompute_ref_log_probs=False, and "
-                "dispersion_scale to a number where the dispersion comes from entropies"
-            )
-        _check_whole(trainer)
+        trainer.check_rounds()
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -16,12 +16,12 @@ COLUMNS = ("step", "prompt", "completion")
 
 
 class GenerationSamples(TrainerCallback):
-    """At every evaluation, the most likely continuations (greedy) of held-out prompts.
+    """At every evaluation, greedy continuations of held-out prompts, under the model's own generation_config.
 
     They go as a table to TensorBoard and Weights & Biases where the trainer reports there, and as rows of ``step``,
     ``prompt`` and ``completion`` to ``generations.jsonl`` in output_dir, which ``push_to_hub`` uploads too. An
-    evaluation that is run again, as by a resumed run, replaces the rows of its step. Nothing is drawn at random:
-    training is the same with it and without.
+    evaluation that is run again, as by a resumed run, replaces the rows of its step, and a training drops those of
+    later steps than its own. Nothing is drawn at random: training is the same with it and without.
 
         trainer.add_callback(GenerationSamples(trainer, num_prompts=4))
 
@@ -60,13 +60,21 @@ class GenerationSamples(TrainerCallback):
         usable = dict.fromkeys(ids for ids in prompts if ids and len(ids) + self.max_new_tokens <= room)
         return [list(ids) for ids in islice(usable, number)]
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._last_step = None
+        if state.is_world_process_zero:
+            self._write(Path(args.output_dir) / FILE_NAME, (), lambda step: step <= state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._last_step = None  # the best model may have been loaded
+
     def on_evaluate(self, args, state, control, **kwargs):
         if not state.is_world_process_zero or state.global_step == self._last_step:
             return  # the evaluation of several sets comes here once for each
         tokenizer = self.trainer.processing_class
         prompts = tokenizer.batch_decode(self._prompts, skip_special_tokens=True)
         rows = [(state.global_step, *texts) for texts in zip(prompts, self._completions(), strict=True)]
-        self._write(Path(args.output_dir) / FILE_NAME, rows)
+        self._write(Path(args.output_dir) / FILE_NAME, rows, lambda step: step != state.global_step)
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_text("generations", markdown_table(COLUMNS, rows), state.global_step)
@@ -89,13 +97,17 @@ class GenerationSamples(TrainerCallback):
                     max_new_tokens=self.max_new_tokens,
                     do_sample=False,
                     num_beams=1,
+                    num_return_sequences=1,
+                    return_dict_in_generate=False,
                     pad_token_id=tokenizer.pad_token_id,
                 )
                 texts += tokenizer.batch_decode(found[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return texts
 
-    def _write(self, path, rows):
-        kept = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        kept = [line for line in kept if json.loads(line)["step"] != rows[0][0]]
-        new = (json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) for row in rows)
-        write_whole(path, "".join(f"{line}\n" for line in (*kept, *new)).encode())
+    def _write(self, path, rows, stays):
+        """Adds rows to those whose step stays."""
+        found = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        kept = [line for line in found if stays(json.loads(line)["step"])]
+        new = [json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) for row in rows]
+        if kept + new != found:
+            write_whole(path, "".join(f"{line}\n" for line in (*kept, *new)).encode())

@@ -11,6 +11,7 @@ a = -log phi >= 0 throughout. Three sources, all before the scale:
 
 import json
 import operator
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +253,15 @@ def _plain(value):
     return sorted(map(str, value)) if isinstance(value, set) else str(value)
 
 
+def check_cache_folder(folder):
+    """Makes a folder for :func:`save_cache`; its OSError, where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _not_written(error, folder) from error
+
+
 def save_cache(path, columns, key):
     """Writes float32 columns, {name: [values]}, whole or not at all.
 
@@ -262,11 +272,12 @@ def save_cache(path, columns, key):
     try:
         write_whole(path, data)
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"the reference cache could not be written ({error.strerror}); free space or set reference_cache_dir",
-            str(path),
-        ) from error
+        raise _not_written(error, path) from error
+
+
+def _not_written(error, path):
+    advice = f"the reference cache could not be written ({error.strerror}); free space or set reference_cache_dir"
+    return OSError(error.errno, advice, str(path))
 
 
 def load_cache(path, key, rows, lengths=None):

@@ -133,6 +133,13 @@ class HybridTrainer(MallowsTrainer):
         self._hybrid = {f"hybrid/{name}": sum(both.chunk(2)) / 2 for name, both in found.items()}
         return loss._replace(losses=losses), policy, reference, dispersion
 
+    def _objective_facts(self):
+        return (
+            super()._objective_facts()
+            | {f"{k} (HPO)": v for k, v in self._term.items()}
+            | {"expectile (HPO)": self.expectile}
+        )
+
     def _metrics(self, *args):
         return super()._metrics(*args) | self._hybrid
 
@@ -167,7 +174,12 @@ class HybridTrainer(MallowsTrainer):
         self._load_value_head(self.state.best_model_checkpoint)
 
     def _load_value_head(self, checkpoint):
-        parts = torch.load(Path(checkpoint) / VALUE_FILE, map_location=self.args.device, weights_only=True)
+        path = Path(checkpoint) / VALUE_FILE
+        if not path.is_file():
+            raise ValueError(
+                f"{path} is missing: the checkpoint is not a HybridTrainer's; resume with its own trainer"
+            )
+        parts = torch.load(path, map_location=self.args.device, weights_only=True)
         self.value_head.load_state_dict(parts["head"])
         self._value_optimizer.load_state_dict(parts["optimizer"])
 

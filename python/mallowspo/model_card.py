@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from mallowspo import _C
 
@@ -61,6 +62,19 @@ class WritesModelCard:
         if self.args.should_save:  # over the card that PEFT leaves there
             model_card(self).save(Path(output_dir or self.args.output_dir) / "README.md")
 
+    def _objective_facts(self):
+        """What the card's table says of the objective, {name: value}."""
+        return asdict(self.objective)
+
+    def _described_reference(self):
+        """What the card calls the reference."""
+        if self.objective.reference_free and self._source != "entropy":
+            return "none"
+        own = "the model with its adapter off" if self._is_peft else "the model as it was before training"
+        models = (model and self.accelerator.unwrap_model(model) for model in self.references)  # of an engine
+        paths = [model.config._name_or_path if model is not None else "" for model in models]
+        return ", ".join(f"`{_public(path)}`" if path else own for path in paths)
+
     def _push_from_checkpoint(self, checkpoint_folder):
         self.create_model_card()  # what is pushed is output_dir, and a checkpoint's card is in its own folder
         super()._push_from_checkpoint(checkpoint_folder)
@@ -72,7 +86,7 @@ def model_card(trainer, model_name=None, dataset_name=None, tags=None, **metadat
     model_name = model_name or (trainer.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1]
     adapter = model.active_peft_config if trainer._is_peft else None
     base = model.config._name_or_path or ""
-    on_hub = base and not Path(base).is_dir()
+    on_hub = _on_hub(base)
     metrics = _evaluation(trainer)
     tags = [tags] if isinstance(tags, str) else tags or []
     data = ModelCardData(
@@ -98,11 +112,11 @@ Fine-tuned from {origin} on preference pairs with mallowspo, method `{args.loss_
 
 ### Objective
 
-{markdown_table(("field", "value"), asdict(trainer.objective).items())}
+{markdown_table(("field", "value"), trainer._objective_facts().items())}
 
 {_dispersion(trainer)}
 
-Reference: {_reference(trainer)}.
+Reference: {trainer._described_reference()}.
 
 ### Data
 
@@ -131,9 +145,18 @@ def markdown_table(head, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
+def _on_hub(name):
+    """Whether a model's name can be one of the hub's: neither a folder here nor the path of one that is gone."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return bool(name) and not Path(name).is_dir()
+
+
 def _public(name):
     """A model's name without the folders it lies in: the card is for others."""
-    return Path(name).name if Path(name).is_dir() else name
+    return name if _on_hub(name) else Path(name).name
 
 
 def _adapter_tags(adapter, base):
@@ -168,15 +191,6 @@ def _dispersion(trainer):
     return f"Dispersion: from {source}; dispersion scale phi_star = {trainer.dispersion_scale:.6g}{how}."
 
 
-def _reference(trainer):
-    if trainer.objective.reference_free and trainer._source != "entropy":
-        return "none"
-    own = "the model with its adapter off" if trainer._is_peft else "the model as it was before training"
-    models = (model and trainer.accelerator.unwrap_model(model) for model in trainer.references)  # of an engine
-    paths = [model.config._name_or_path if model is not None else "" for model in models]
-    return ", ".join(f"`{_public(path)}`" if path else own for path in paths)
-
-
 def _data(trainer, dataset_name):
     evals = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
     for name, data in {"train": trainer.train_dataset, **evals}.items():
@@ -187,11 +201,12 @@ def _data(trainer, dataset_name):
 
 def _settings(trainer, model, adapter):
     args = trainer.args
+    batch_size = trainer._train_batch_size  # auto_find_batch_size may have made it smaller than the argument
     for name in _SETTINGS:
-        value = getattr(args, name)
+        value = batch_size if name == "per_device_train_batch_size" else getattr(args, name)
         yield name, getattr(value, "value", value)
     yield "steps done", trainer.state.global_step
-    yield "pairs per step", args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    yield "pairs per step", batch_size * args.gradient_accumulation_steps * args.world_size
     trained = (p for p in model.parameters() if p.requires_grad)
     yield "parameters trained", sum(getattr(p, "ds_numel", p.numel()) for p in trained)  # ds_numel: under ZeRO-3
     if adapter is not None:
@@ -209,8 +224,8 @@ def _evaluation(trainer):
     """The metrics logged for the weights as they are now; {} where there are none."""
     state = trainer.state
     step = state.global_step
-    if trainer.args.load_best_model_at_end and not trainer.is_in_train and state.best_global_step:
-        step = state.best_global_step  # its weights were loaded
+    if trainer.args.load_best_model_at_end and not trainer.is_in_train and state.best_model_checkpoint:
+        step = int(state.best_model_checkpoint.rsplit("-")[-1])  # its weights were loaded
     logged = {}
     for entry in state.log_history:
         if entry.get("step") == step:

@@ -309,6 +309,12 @@ def evaluating(model):
             module.training = True
 
 
+def check_apart(name, reference, model):
+    """ValueError where a reference would be trained with the model."""
+    if set(reference.parameters()) & set(model.parameters()):
+        raise ValueError(f"{name} is the model itself or has its weights and would be trained; load it again for this")
+
+
 def check_adapter_off(model, for_good):
     """ValueError where a PEFT model with its adapter off is no reference; for_good: it is to stay one in training."""
     for adapter in model.peft_config.values():
@@ -324,7 +330,7 @@ def check_adapter_off(model, for_good):
     if for_good and outside:
         raise ValueError(
             f"{outside[0]} is trained and is not the adapter's, so that with the adapter off the model would not stay "
-            "the reference: set precompute_ref_log_probs=True, or pass ref_model"
+            "the reference: pass ref_model, or set precompute_ref_log_probs=True for the constructor's data sets"
         )
 
 

@@ -12,8 +12,8 @@ from transformers.utils import logging
 
 from mallowspo import _C
 from mallowspo.data import REFERENCE_COLUMNS, TOKEN_REFERENCE_COLUMNS, scored_tokens
-from mallowspo.dispersion import fingerprint, load_cache, save_cache
-from mallowspo.modeling import ResponseStats, evaluating, response_stats, without_adapter
+from mallowspo.dispersion import check_cache_folder, fingerprint, load_cache, save_cache
+from mallowspo.modeling import ResponseStats, check_adapter_off, evaluating, response_stats, without_adapter
 from mallowspo.sharded import is_partitioned
 
 logger = logging.get_logger(__name__)
@@ -68,6 +68,8 @@ class ReadsReferences:
                 counts = scored_tokens(dataset).values() if per_token else ()
                 lengths = dict(zip(TOKEN_REFERENCE_COLUMNS, map(sum, counts), strict=False))
                 columns = load_cache(path, key, len(dataset), lengths)
+            else:
+                check_cache_folder(path.parent)
         (columns,) = broadcast_object_list([columns])
         if columns is None:
 
@@ -131,6 +133,8 @@ class ReadsReferences:
                 "this data set was not given to the constructor, so the reference never saw it, and no reference was "
                 "kept: pass it as eval_dataset, or pass ref_model"
             )
+        if None in self.references and self._cached:
+            check_adapter_off(self.accelerator.unwrap_model(self.model), for_good=True)
         return [self._reference_stats(model, batch) for model in self.references]
 
 

@@ -23,6 +23,7 @@ from mallowspo.modeling import (
     add_adapter,
     attach_token_stats,
     check_adapter_off,
+    check_apart,
     disable_dropout,
     evaluating,
     load_model,
@@ -95,10 +96,8 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
             raise ValueError("train_dataset is missing")
         self.objective = args.objective()
         check_reference_count(len(references), self.objective.reference_weights, self.objective.swap_reference_weights)
-        if any(set(reference.parameters()) & set(model.parameters()) for reference in filter(None, references)):
-            raise ValueError(
-                "ref_model is the model itself or has its weights and would be trained; leave it out or load it again"
-            )
+        for reference in filter(None, references):
+            check_apart("ref_model", reference, model)
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         if processing_class is None:
