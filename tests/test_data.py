@@ -332,7 +332,7 @@ BAD = [
     (pair(CHAT, [{"role": None, "content": "a"}], CHAT), TypeError, "row 0: 'chosen' must be"),
     (pair(CHAT, CHAT, CHAT), ValueError, "set tokenizer.chat_template"),
     (Dataset.from_list([TEXT | {"images": ["a.png"]}]), ValueError, "column 'images', which would not be seen"),
-    (pair(CHAT, [assistant([{"type": "image"}])], CHAT), ValueError, "row 0: 'chosen' has .* more than text"),
+    (pair(CHAT, [assistant([{"type": "audio"}])], CHAT), ValueError, "row 0: 'chosen' has .* more than text"),
 ]
 BAD_NUMBERS = [("neg_log_dispersion", value) for value in (-0.1, math.nan, math.inf, -math.inf, None, "1", True)]
 BAD_NUMBERS += [("agreement", value) for value in (0.5, 0.0, 1.01, math.nan, None, "0.7")]

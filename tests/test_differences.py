@@ -107,3 +107,9 @@ def test_columns_of_a_batch_lie_as_its_tokens_do(rows, share):
     assert batch["differs"].dtype == torch.bool and batch["differs"].tolist() == expected
     counts = scored_tokens(Dataset.from_list(rows))
     assert batch["num_tokens"].tolist() == counts["chosen"] + counts["rejected"]
+
+
+def test_frequent_tokens_of_long_responses_are_compared_too():
+    """Python's heuristic would take the one frequent token for junk and mark every token as different."""
+    chosen, rejected = diff_masks([6] + [5] * 300, [5] * 300)
+    assert chosen == [True] + [False] * 300 and rejected == [False] * 300

@@ -9,9 +9,11 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
-from tiny import lora, tiny_model
+from tiny import lora, tiny_model, tiny_pairs, tiny_tokenizer
 
+from mallowspo.data import tokenize_pairs
 from mallowspo.dispersion import check_cache_folder, fingerprint, load_cache, save_cache
+from mallowspo.modeling import add_adapter
 
 # Key
 
@@ -238,3 +240,13 @@ def test_processes_with_the_same_number_do_not_meet(path, monkeypatch):
     monkeypatch.setattr(os, "fsync", meanwhile)
     save_cache(path, COLUMNS, "abc")
     assert os.listdir(path.parent) == [path.name] and same_bits(load_cache(path, "abc", 5), COLUMNS)
+
+
+def test_the_active_adapter_is_in_the_key():
+    dataset, model = tokenize_pairs(tiny_pairs(2), tiny_tokenizer()), add_adapter(tiny_model(), lora())
+    model.add_adapter("other", lora(init_lora_weights=False))
+    keys = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        keys += [fingerprint(model, dataset, {}, with_adapter=True), fingerprint(model, dataset, {})]
+    assert keys[0] != keys[2] and keys[1] == keys[3]

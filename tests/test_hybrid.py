@@ -194,6 +194,15 @@ def test_the_best_model_has_its_own_value_head(tmp_path):
     assert [step for step, match in zip((1, 2, 3), matching, strict=True) if match] == [trainer.state.best_global_step]
 
 
+def test_the_value_is_float32_under_autocast(tmp_path):
+    data = rewarded(6)
+    trainer = hybrid_trainer(tmp_path, train_dataset=data, bf16=True)
+    dtypes = []
+    trainer.value_head.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    trainer.score(data)
+    assert dtypes and set(dtypes) == {torch.float32}
+
+
 def test_the_card_names_the_term(tmp_path):
     trainer = hybrid_trainer(tmp_path)
     trainer.create_model_card()

@@ -328,3 +328,16 @@ def test_another_trl_is_refused_at_import(monkeypatch, version):
     wrong = f"needs trl >= .*, found {version}" if version else "needs the package trl"
     with pytest.raises(ImportError, match=f"{wrong}; run: pip install 'mallowspo.trl.'"):
         importlib.import_module("mallowspo.integrations.trl")
+
+
+def test_the_reference_pass_over_another_set_leaves_the_dispersion_out(tmp_path):
+    def pairs(rows, seed):
+        return tiny_pairs(rows, seed, neg_log_dispersion=[0.5] * rows)
+
+    options = {"loss_type": ["mallows-theta"], "precompute_ref_log_probs": True, "dispersion_scale": 1.0}
+    trainer = ours(tmp_path, data=pairs(2 * STEPS, 0), eval_data=pairs(4, 1), **options)
+    seen = []
+    for model in (trainer.model, trainer.ref_model):
+        model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
+    trainer.evaluate(pairs(4, 2))
+    assert seen and not any("neg_log_dispersion" in names for names in seen)

@@ -307,3 +307,22 @@ def test_tiles_add_up_to_whole_rows(dtype, vocab, cuts, temperature, seed):
             logits[:, start:stop], *grads, labels, *saved, start, vocab, -100, temperature
         )  # in place
     assert torch.equal(logits, expected)
+
+
+class Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_no_gradient_at_all_is_none():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    for head in (weight, weight.clone().requires_grad_()):
+        other = torch.zeros(3, requires_grad=True)
+        stats = F.linear_token_stats(hidden, head, torch.tensor([0, 1, 2]))
+        (Nothing.apply(stats.logps) + other).sum().backward()
+        assert hidden.grad is None and head.grad is None

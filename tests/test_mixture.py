@@ -170,3 +170,10 @@ def test_the_number_of_references():
         preset("mrpo", swap_reference_weights=True)(one, num_tokens, three)
     with pytest.raises(ValueError, match=r"must be \[K, B\] twice, got \[2\] and \[2\]"):
         mixed_reference_logps(one, one)
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.501), (0.333, 0.333, 0.333)])
+def test_weights_that_nearly_add_up(weights):
+    with pytest.raises(ValueError, match="add up to 1"):
+        PreferenceObjective(reference_weights=weights)
+    PreferenceObjective(reference_weights=(1 / 3, 1 / 3, 1 / 3))  # but for rounding

@@ -9,12 +9,20 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from tiny import GPT2_SHAPE, VOCABULARY, plain_alignment, plain_stats, tiny_model
+from tiny import GPT2_SHAPE, VOCABULARY, lora, plain_alignment, plain_stats, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from mallowspo.collator import PreferenceCollator
-from mallowspo.modeling import attach_token_stats, disable_dropout, evaluating, response_stats, sequence_stats
+from mallowspo.modeling import (
+    add_adapter,
+    attach_token_stats,
+    disable_dropout,
+    evaluating,
+    response_stats,
+    sequence_stats,
+    without_adapter,
+)
 
 # Everything a supported model may do between its decoder and its logits: bias, tied head, soft cap, scale, divisor.
 MODELS = {
@@ -347,3 +355,25 @@ def test_gpt2_head_is_tied():
     """The gradient of a tied matrix is the sum of its two uses; the table of models would not notice an untied one."""
     model = tiny_model("gpt2", **GPT2_SHAPE)
     assert model.lm_head.weight is model.transformer.wte.weight and isinstance(model.lm_head, nn.Linear)
+
+
+def test_without_an_adapter_the_same_weights_are_trained():
+    model = add_adapter(tiny_model(), lora(init_lora_weights=False))
+    ids = torch.tensor([[1, 5, 6, 7]])
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    with without_adapter(model):
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+        torch.testing.assert_close(model(input_ids=ids).logits, tiny_model()(input_ids=ids).logits)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+
+
+class Power(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.p = 3.0
+
+
+def test_disable_dropout_leaves_another_modules_p():
+    model = nn.Sequential(nn.Dropout(0.5), Power())
+    disable_dropout(model)
+    assert model[0].p == 0 and model[1].p == 3.0

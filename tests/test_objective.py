@@ -241,6 +241,7 @@ def test_an_unknown_field():
         ({"smoothing": 2.0}, "smoothing=2.0 is read by the link 'mallows-phi' alone, not by 'mallows-theta'"),
         ({"sft_weight": -1.0}, "sft_weight must be finite and >= 0, got -1.0"),
         ({"sft_weight": math.nan}, "sft_weight must be finite and >= 0, got nan"),
+        ({"sft_weight": math.inf}, "sft_weight must be finite and >= 0, got inf"),
         ({"discopop_tau": 0.1}, "discopop_tau=0.1 is read by the link 'discopop' and 'mallows-discopop' alone"),
         (
             {"divergence_alpha": 0.1},
@@ -285,3 +286,42 @@ def test_links_agree_with_the_oracle():
     assert F.MALLOWS_LINKS == set(reference.DISPERSION_LINKS)
     assert choices.MARGIN_LINKS == set(reference.MARGIN_LINKS)
     assert set(choices.PROBABILITY_LINKS) == set(reference.PROBABILITY_LINKS)
+
+
+@pytest.mark.parametrize("rearrangement", ["paired", "unpaired"])
+def test_rearranged_margins_have_the_offset_of_reference_mixing(rearrangement):
+    """Of one pair nothing is rearranged, whatever else the margin is made of."""
+    options = {"gamma": 0.7, "reference_mixing": 0.25}
+    logps, num_tokens, ref_logps, _ = batch()
+    one = [0, len(logps) // 2]
+    losses = [
+        objective(logps[one], num_tokens[one], ref_logps[one]).losses
+        for objective in (preset("dpo", **options), preset("dpo", rearrangement=rearrangement, **options))
+    ]
+    torch.testing.assert_close(*losses)
+
+
+OTHER = {
+    "reference_free": True, "clip_rejected": True, "divergence": "js", "on_policy_weighting": True,
+    "reference_mixing": 0.5, "token_weights": "mean", "token_decay": 0.9, "ld_alpha": 0.5, "down_sampling": True,
+    "bridge_delta": 2.0, "own_token_weights": True, "reference_weights": "adaptive", "rearrangement": "paired",
+}  # fmt: skip
+EXCLUSIONS = [
+    ({"rearrangement": "unpaired"}, "reference_free clip_rejected divergence on_policy_weighting"),
+    ({"clip_rejected": True}, "reference_free reference_mixing"),
+    ({"divergence": "js"}, "token_weights token_decay ld_alpha down_sampling bridge_delta reference_free"),
+    ({"divergence": "js"}, "reference_mixing"),
+    ({"down_sampling": True}, "token_weights ld_alpha"),
+    ({"reference_free": True}, "reference_mixing reference_weights"),
+    ({"reference_free": True, "down_sampling": True}, "own_token_weights"),
+    ({"link": "nca"}, "reference_free reference_mixing rearrangement"),
+    ({"link": "mallows-ipo"}, "rearrangement"),
+]
+
+
+@pytest.mark.parametrize("fields, other", [(f, o) for f, others in EXCLUSIONS for o in others.split()])
+def test_every_exclusion(fields, other):
+    fields = {"link": "bradley-terry"} | fields
+    PreferenceObjective(**fields)  # possible by itself
+    with pytest.raises(ValueError, match=f"does not go with {other}="):
+        PreferenceObjective(**fields | {other: OTHER[other]})

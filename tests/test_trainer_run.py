@@ -119,6 +119,14 @@ def test_a_seed_makes_a_run_again_bit_by_bit(tmp_path):
     assert first == second and len(first) == len(RUNS)
 
 
+def test_an_adapter_is_drawn_by_the_seed(tmp_path):
+    def first_factor(seed):
+        model = tiny_trainer(tmp_path, peft_config=lora(), seed=seed).model
+        return next(value for name, value in model.named_parameters() if "lora_A" in name)
+
+    assert torch.equal(first_factor(1), first_factor(1)) and not torch.equal(first_factor(1), first_factor(2))
+
+
 def test_another_seed_makes_another_run(tmp_path):
     for name in ("all weights", "adapter"):
         runs = [one_run(tmp_path, name, seed) for seed in (7, 7, 8)]

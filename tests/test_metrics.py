@@ -1,0 +1,48 @@
+"""What is logged: means over the pairs that count, each log of its own steps."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny import tiny_pairs, tiny_trainer, train_logs
+
+from mallowspo.metrics import Means
+
+
+def test_pairs_that_fill_up_a_batch_are_in_no_mean():
+    means = Means(Accelerator(cpu=True))
+    means.add("train", {"a": torch.tensor([1.0, 5.0])}, torch.tensor([1.0, 0.0]))
+    means.add("train", {"a": torch.tensor([3.0, 2.0])}, torch.tensor([1.0, 1.0]))
+    assert means.read("train") == {"a": 2.0} and means.read("train") == {}
+
+
+def test_each_log_is_of_the_steps_since_the_last_one(tmp_path):
+    options = {"rows": 8, "max_steps": 4, "learning_rate": 0.0, "lr_scheduler_type": "constant"}
+    runs = []
+    for steps in (1, 2):
+        trainer = tiny_trainer(tmp_path, logging_steps=steps, train_sampling_strategy="sequential", **options)
+        trainer.train()
+        runs.append(train_logs(trainer))
+    every, pairs = runs
+    assert len({log["logps/chosen"] for log in every}) == 4
+    for i, log in enumerate(pairs):
+        for name in ("logps/chosen", "rewards/margins", "entropy"):
+            expected = (every[2 * i][name] + every[2 * i + 1][name]) / 2
+            assert log[name] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_an_interrupted_evaluation_leaves_nothing_to_the_next(tmp_path):
+    trainer = tiny_trainer(tmp_path, eval_dataset=tiny_pairs(8, seed=1))
+    expected = trainer.evaluate()["eval_logps/chosen"]
+    step, calls = trainer.prediction_step, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    trainer.prediction_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate()
+    trainer.prediction_step = step
+    assert trainer.evaluate()["eval_logps/chosen"] == pytest.approx(expected, rel=1e-6)
