@@ -82,7 +82,7 @@ def operator_settings(
         )
     for name, value in (("focal_gamma", focal_gamma), ("clip_rejected", clip_rejected)):
         if value and label_smoothing:
-            why = "EXO's target" if link in EXO_LINKS else "the flipped pair of label_smoothing"
+            why = f"the target of {link!r}, label_smoothing" if link in EXO_LINKS else "the flipped pair of label_smoothing"
             raise ValueError(f"{name}={value!r} has no meaning for {why}; leave it out")
     if link in EXO_LINKS and (robust or not label_smoothing):
         raise ValueError(
