@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 
 import numpy as np
 import pytest
@@ -323,3 +324,42 @@ def test_a_mixture_is_refused(tmp_path):
 def test_no_rounds(tmp_path):
     with pytest.raises(ValueError, match="rounds must be at least 1"):
         next(accelerated_rounds(tiny_model(), None, config(tmp_path), rounds=0, alpha=0.3))
+
+
+def test_rounds_keep_the_cache_where_they_are_told(tmp_path):
+    args = config(tmp_path / "rounds", reference_cache_dir=str(tmp_path / "cache"))
+    options = {"rounds": 1, "alpha": 0.3, "processing_class": tiny_tokenizer()}
+    next(accelerated_rounds(tiny_model(), lambda *_: tiny_pairs(2), args, **options))
+    assert len(os.listdir(tmp_path / "cache")) == 1
+
+
+def test_the_model_before_is_loaded_as_the_others(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    names = {"ref_model": str(tmp_path / "model"), "previous_model": str(tmp_path / "model")}
+    options = {
+        "kind": AcceleratedTrainer,
+        "alpha": 0.3,
+        "loss_type": "dpo",
+        "model_init_kwargs": {"dtype": "bfloat16"},
+    }
+    trainer = tiny_trainer(tmp_path, **names, **options)
+    assert trainer.previous_model.dtype == trainer.ref_model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_split_weights_have_no_rounds(tmp_path, monkeypatch, name):
+    trainer = accelerated_trainer(tmp_path)
+    setattr(trainer, name, True)
+    for use in (lambda: AcceleratedRounds(trainer), trainer.next_round):
+        with pytest.raises(ValueError, match="rounds copy the whole model"):
+            use()
+    original = MallowsTrainer.__init__
+
+    def split(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        setattr(self, name, True)
+
+    monkeypatch.setattr(MallowsTrainer, "__init__", split)
+    options = {"rounds": 1, "alpha": 0.3, "processing_class": tiny_tokenizer()}
+    with pytest.raises(ValueError, match="rounds copy the whole model"):
+        next(accelerated_rounds(tiny_model(), lambda *_: tiny_pairs(2), config(tmp_path), **options))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mallowspo import functional as F
+from mallowspo.checks import may_overlap
 
 LOGITS, LABELS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
 HIDDEN, WEIGHT, BIAS = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(5)
@@ -182,3 +183,9 @@ def test_no_bad_value_no_exception():
 def test_cuda_tensors_without_cuda_kernels():
     with pytest.raises(ValueError, match="logits is on cuda:0 but mallowspo was built without CUDA kernels"):
         token_stats(LOGITS.cuda(), LABELS.cuda())
+
+
+def test_what_overlaps():
+    assert not may_overlap(torch.zeros(4).as_strided((1, 4), (0, 1)))
+    assert may_overlap(torch.zeros(4).as_strided((2, 4), (0, 1)))
+    assert not may_overlap(torch.zeros(2, 3, 4).transpose(0, 1))

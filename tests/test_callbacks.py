@@ -143,8 +143,6 @@ def test_which_prompts(tmp_path):
     texts = {"a": ["", long, "cat", "cat", "dog", "sky"], "b": ["up", "down", "yes"]}
     sets = {name: Dataset.from_list([{"prompt": text, **rows} for text in some]) for name, some in texts.items()}
     trainer = with_samples(tmp_path, eval_dataset=sets, number=2)
-    calls = []
-    trainer.model.register_forward_pre_hook(lambda *args: calls.append(1))
     trainer.evaluate()
     assert [prompt for prompt, _ in sampled(tmp_path, 0)] == ["cat", "dog", "up", "down"]
 
@@ -216,3 +214,65 @@ def test_refusals(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
     with pytest.raises(ValueError, match="whole weights on one rank"):
         GenerationSamples(trainer, max_new_tokens=4)
+
+
+def test_several_sets_are_sampled_once(tmp_path, monkeypatch):
+    calls, sets = [], {"a": tiny_pairs(2, seed=1), "b": tiny_pairs(2, seed=2)}
+    trainer = with_samples(tmp_path, eval_dataset=sets)
+    monkeypatch.setattr(GenerationSamples, "_completions", lambda self: calls.append(1) or ["x"] * len(self._prompts))
+    trainer.evaluate()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"do_sample": True, "temperature": 9.0},
+        {"num_beams": 3, "num_return_sequences": 3},
+        {"return_dict_in_generate": True},
+    ],
+)
+def test_greedy_whatever_the_model_is_set_to(tmp_path, own):
+    trainer = with_samples(tmp_path)
+    trainer.evaluate()
+    expected = sampled(tmp_path, 0)
+    trainer.model.generation_config.update(**own)
+    trainer.state.global_step = 1
+    trainer.evaluate()
+    assert sampled(tmp_path, 1) == expected
+
+
+def test_a_prompt_that_just_leaves_the_room(tmp_path):
+    rows = [{"prompt": "red " * n, "chosen": " red", "rejected": " blue"} for n in (60, 59)]
+    trainer = with_samples(tmp_path, eval_dataset=Dataset.from_list(rows))
+    trainer.evaluate()
+    ((prompt, _),) = sampled(tmp_path, 0)
+    assert len(prompt.split()) == 59
+
+
+def test_samples_have_the_precision_of_training_and_no_dropout(tmp_path):
+    model, dtypes = tiny_model(attention_dropout=0.9), set()
+    trainer = with_samples(tmp_path, model=model, disable_dropout=False, bf16=True)
+    trainer.evaluate()
+    trainer.model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: dtypes.add(out.dtype))
+    trainer.model.train()
+    trainer.state.global_step = 1
+    trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, {})
+    assert dtypes == {torch.bfloat16} and sampled(tmp_path, 1) == sampled(tmp_path, 0)
+
+
+def test_a_training_after_one_that_failed(tmp_path):
+    trainer = with_samples(tmp_path, callbacks=[Fail()], eval_strategy="steps", eval_steps=4, max_steps=6)
+    with pytest.raises(RuntimeError, match="the machine failed"):
+        trainer.train()
+    trainer.remove_callback(Fail)
+    trainer.train()
+    assert [row["step"] for row in sampled(tmp_path)] == [4] * 3 + [6] * 3
+
+
+def test_prompts_without_their_special_tokens(tmp_path):
+    held_out = Dataset.from_list([{"prompt": "<s> cat", "chosen": " red", "rejected": " blue"}])
+    trainer = with_samples(tmp_path, eval_dataset=held_out)
+    trainer.evaluate()
+    ((prompt, _),) = sampled(tmp_path, 0)
+    assert prompt == "cat"

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
 
-from mallowspo import HybridTrainer
+from mallowspo import HybridTrainer, MallowsTrainer
 from mallowspo.data import tokenize_pairs
 from mallowspo.hybrid import VALUE_FILE, hybrid_loss
 
@@ -285,3 +285,33 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     train_and_save(Path(sys.argv[1]))
     PartialState().destroy_process_group()  # an exit with gloo's threads at work aborts now and then
+
+
+def test_every_number_reaches_its_place(tmp_path):
+    data, options = rewarded(4), {"temperature": 0.1, "max_exponent": 0.5, "expectile": 0.9}
+    trainer = hybrid_trainer(tmp_path, train_dataset=data, eval_dataset=data, **options)
+    rewards = np.array([data["chosen_reward"][:], data["rejected_reward"][:]])  # the values are 0 yet
+    metrics = trainer.evaluate()
+    assert metrics["eval_hybrid/weight"] == pytest.approx(np.exp(np.minimum(rewards / 0.1, 0.5)).mean(), rel=1e-5)
+    expected = (np.where(rewards < 0, 0.1, 0.9) * rewards**2).mean()
+    assert metrics["eval_hybrid/value_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_rate_of_the_value_head(tmp_path):
+    options = {"kappa": 0.5, "temperature": 1.0, "value_learning_rate": 0.25, "processing_class": tiny_tokenizer()}
+    args = tiny_trainer(tmp_path, rows=2, loss_type="dpo").args
+    trainer = HybridTrainer(tiny_model(), args=args, train_dataset=rewarded(2), **options)
+    assert trainer._value_optimizer.param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("name", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_split_weights_are_refused(tmp_path, monkeypatch, name):
+    original = MallowsTrainer.__init__
+
+    def split(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        setattr(self, name, True)
+
+    monkeypatch.setattr(MallowsTrainer, "__init__", split)
+    with pytest.raises(ValueError, match="does not know FSDP and DeepSpeed"):
+        hybrid_trainer(tmp_path)

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from tiny import lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer
 
 import mallowspo
+from mallowspo.model_card import markdown_table
 
 
 def rows(card):
@@ -208,3 +209,50 @@ def test_the_first_rank_writes_it(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
     trainer.create_model_card()
     assert not (tmp_path / "README.md").exists()
+
+
+def test_only_what_is_trained_is_counted(tmp_path):
+    trainer = tiny_trainer(tmp_path, peft_config=lora())
+    trainer.create_model_card()
+    count = sum(p.numel() for name, p in trainer.model.named_parameters() if "lora_" in name)
+    assert rows(written(tmp_path))["parameters trained"] == [str(count)]
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0].content }}"])
+def test_the_quick_start_asks_as_the_tokenizer_takes_it(tmp_path, template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    tiny_trainer(tmp_path, processing_class=tokenizer).create_model_card()
+    question = '"What is a GPU?"' if template is None else '[{"role": "user", "content": "What is a GPU?"}]'
+    assert f"generator({question}, max_new_tokens" in written(tmp_path).text
+
+
+def test_a_folder_that_looks_like_a_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("org/base")
+    tiny_trainer(tmp_path / "mine", model="org/base").create_model_card()
+    card = written(tmp_path / "mine")
+    assert card.data.base_model is None and "Fine-tuned from `base`" in card.text
+
+
+def test_the_batch_of_all_ranks(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path)
+    monkeypatch.setattr(mallowspo.MallowsConfig, "world_size", 4)
+    trainer.create_model_card()
+    assert rows(written(tmp_path))["pairs per step"] == ["8"]
+
+
+def test_the_reference_that_gives_the_dispersion_alone(tmp_path):
+    tiny_trainer(tmp_path, loss_type="mallows-simpo").create_model_card()
+    assert "Reference: the model as it was before training." in written(tmp_path).text
+
+
+def test_a_cell_stays_one_cell():
+    assert markdown_table(("a", "b"), [("x\ny", "p|q")]) == "| a | b |\n| --- | --- |\n| x<br>y | p\\|q |"
+
+
+def test_no_clock(tmp_path):
+    trainer = tiny_trainer(tmp_path, eval_dataset=tiny_pairs(3, seed=1))
+    assert "eval_model_preparation_time" in trainer.evaluate()
+    trainer.create_model_card()
+    assert not any("time" in name or "per_second" in name for name in rows(written(tmp_path)))

@@ -173,3 +173,21 @@ def test_a_missing_markdown_library_is_named(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "markdown_it", None)
     with pytest.raises(ImportError, match=r"markdown-it-py; run: pip install 'mallowspo\[recipes\]'"):
         report.page(folder)
+
+
+def test_a_caption_is_text(folder):
+    (folder / "results.md").write_text("![where x<b>y</b>](entropy.png)\n")
+    assert Page(report.page(folder)).texts("figcaption")[0] == "where x<b>y</b>"
+
+
+def test_only_short_cells_stay_on_one_line(folder):
+    (folder / "results.md").write_text(f"| a | b |\n|---|---|\n| {'x' * 30} | {'y' * 31} |\n")
+    cells = [attributes.get("class") for attributes in Page(report.page(folder)).attributes("td")]
+    assert cells[:2] == ["unbroken", None]
+
+
+def test_an_image_in_a_cell_is_no_figure(folder):
+    table = "| plot |\n|---|\n| ![two](<of two words.png>) |"
+    (folder / "results.md").write_text(f"{table}\n\n![a](entropy.png)\n\n![b](training_loss.png)\n")
+    page = Page(report.page(folder))
+    assert len(page.attributes("figure")) == 2 and page.texts("figcaption") == ["a", "b"]

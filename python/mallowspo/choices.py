@@ -82,8 +82,8 @@ def operator_settings(
         )
     for name, value in (("focal_gamma", focal_gamma), ("clip_rejected", clip_rejected)):
         if value and label_smoothing:
-            why = f"the target of {link!r}, label_smoothing" if link in EXO_LINKS else "the flipped pair of label_smoothing"
-            raise ValueError(f"{name}={value!r} has no meaning for {why}; leave it out")
+            what = f"target of {link!r}," if link in EXO_LINKS else "flipped pair of"
+            raise ValueError(f"{name}={value!r} has no meaning for the {what} label_smoothing; leave it out")
     if link in EXO_LINKS and (robust or not label_smoothing):
         raise ValueError(
             f"the link {link!r} reads label_smoothing as the rejected response's target probability: "
