@@ -6,7 +6,7 @@ import math
 import pytest
 import strategies
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mallows_truth import exact_link
 from mpmath import mp
@@ -63,7 +63,11 @@ def exact_likelihood(link, z, a):
     return value, factor * slope, in_a * slope
 
 
+CANCELLING = {"beta": 0.01, "gamma": 0.3, "label_smoothing": 0.0, "robust": False, "smoothing": 0.25}
+
+
 @settings(max_examples=400)
+@example(strategies.Pair(-2.0, -32.0, -2.0, -32.0, 1.0), "mallows-theta", CANCELLING, torch.float32, False)
 @given(
     pair=strategies.pairs(strategies.dispersions(1e-6, 100.0)),
     link=strategies.links,
@@ -94,10 +98,10 @@ def test_losses_rewards_and_gradients_against_the_oracle(pair, link, options, dt
     )
     double, results, storage = (torch.finfo(x) for x in (torch.float64, result_dtype(dtype), dtype))
 
-    def assert_close(actual, right, size, finfo):
+    def assert_close(actual, right, size, finfo, lost=0.0):
         if abs(right) <= finfo.max:  # float16 cannot hold every gradient
             rounding = (finfo.eps / 2 + double.eps) * abs(right) + finfo.tiny * finfo.eps
-            assert abs(actual.item() - right) <= (20 + z_rounded) * double.eps * size + rounding + 1e-300
+            assert abs(actual.item() - right) <= (20 + z_rounded) * double.eps * size + rounding + lost + 1e-300
 
     assert_close(result.losses, exact.loss, value, results)
     assert_close(result.chosen_rewards, exact.chosen_reward, 0, results)
@@ -105,7 +109,9 @@ def test_losses_rewards_and_gradients_against_the_oracle(pair, link, options, dt
     on_logps = exact.grad_chosen, exact.grad_rejected, -exact.grad_chosen, -exact.grad_rejected
     for actual, right in zip(gradients[:-1], on_logps, strict=False):
         assert_close(actual, right, options["beta"] * slope, storage)
-    assert_close(gradients[-1], exact.grad_neg_log_dispersion, slope_a, storage)
+    # 2 z sigmoid(-2 a z): of beta h and gamma, where they cancel, the oracle keeps what their own rounding leaves.
+    lost = 4 * double.eps * abs(options["gamma"])
+    assert_close(gradients[-1], exact.grad_neg_log_dispersion, slope_a, storage, lost)
 
 
 @all_links
