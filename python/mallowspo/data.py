@@ -75,8 +75,8 @@ def tokenize_pairs(
     Raises:
         TypeError: `dataset` is no `datasets.Dataset`, or a row holds neither text nor messages.
         ValueError: The data set is empty, lacks columns or loses all its pairs; a row holds None, mixes text and
-            messages, has an illegal number or an image; the tokenizer lacks what the format needs; `max_length` is
-            below 2.
+            messages, has an illegal number or more than text; the tokenizer lacks what the format needs;
+            `max_length` is below 2.
     """
     is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
     columns = _checked_columns(dataset, is_transformed)

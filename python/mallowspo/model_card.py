@@ -62,6 +62,13 @@ class WritesModelCard:
         if self.args.should_save:  # over the card that PEFT leaves there
             model_card(self).save(Path(output_dir or self.args.output_dir) / "README.md")
 
+    def step_of_weights(self):
+        """The step whose weights the model has: after training that of the best checkpoint, where one was loaded."""
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best and not self.is_in_train:
+            return int(best.rsplit("-")[-1])
+        return self.state.global_step
+
     def _objective_facts(self):
         """What the card's table says of the objective, {name: value}."""
         return asdict(self.objective)
@@ -222,12 +229,8 @@ def _settings(trainer, model, adapter):
 
 def _evaluation(trainer):
     """The metrics logged for the weights as they are now; {} where there are none."""
-    state = trainer.state
-    step = state.global_step
-    if trainer.args.load_best_model_at_end and not trainer.is_in_train and state.best_model_checkpoint:
-        step = int(state.best_model_checkpoint.rsplit("-")[-1])  # its weights were loaded
-    logged = {}
-    for entry in state.log_history:
+    step, logged = trainer.step_of_weights(), {}
+    for entry in trainer.state.log_history:
         if entry.get("step") == step:
             logged |= {name: value for name, value in entry.items() if name.startswith("eval_")}
     logged = {name: value for name, value in logged.items() if not name.endswith(_CLOCK)}

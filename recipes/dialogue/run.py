@@ -97,10 +97,8 @@ def main():
     trainer.save_model()
 
     evaluations = {entry["step"]: entry for entry in trainer.state.log_history if "eval_loss" in entry}
-    last = step = trainer.state.global_step
-    if training.load_best_model_at_end and trainer.state.best_model_checkpoint:
-        step = trainer.state.best_global_step
-    if step != last or step not in evaluations:  # another step's model was loaded, or this one is not yet evaluated
+    step = trainer.step_of_weights()
+    if step != trainer.state.global_step or step not in evaluations:  # the last evaluation is not of this model
         metrics = trainer.evaluate()
         evaluations[step] = evaluations.get(step, trainer.state.log_history[-1]) | metrics
     entries = [evaluations[step] for step in sorted(evaluations)]
