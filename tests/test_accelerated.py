@@ -11,7 +11,17 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny import cache_files, lora, plain_stats, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
+from tiny import (
+    cache_files,
+    lora,
+    plain_stats,
+    split_weights,
+    tiny_model,
+    tiny_pairs,
+    tiny_tokenizer,
+    tiny_trainer,
+    train_logs,
+)
 from transformers import TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 
@@ -353,13 +363,7 @@ def test_split_weights_have_no_rounds(tmp_path, monkeypatch, name):
     for use in (lambda: AcceleratedRounds(trainer), trainer.next_round):
         with pytest.raises(ValueError, match="rounds copy the whole model"):
             use()
-    original = MallowsTrainer.__init__
-
-    def split(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        setattr(self, name, True)
-
-    monkeypatch.setattr(MallowsTrainer, "__init__", split)
+    split_weights(monkeypatch, name)
     options = {"rounds": 1, "alpha": 0.3, "processing_class": tiny_tokenizer()}
     with pytest.raises(ValueError, match="rounds copy the whole model"):
         next(accelerated_rounds(tiny_model(), lambda *_: tiny_pairs(2), config(tmp_path), **options))

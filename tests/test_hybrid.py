@@ -12,9 +12,9 @@ import torch
 from accelerate import PartialState
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
+from tiny import lora, split_weights, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
 
-from mallowspo import HybridTrainer, MallowsTrainer
+from mallowspo import HybridTrainer
 from mallowspo.data import tokenize_pairs
 from mallowspo.hybrid import VALUE_FILE, hybrid_loss
 
@@ -306,12 +306,6 @@ def test_the_rate_of_the_value_head(tmp_path):
 
 @pytest.mark.parametrize("name", ["is_fsdp_enabled", "is_deepspeed_enabled"])
 def test_split_weights_are_refused(tmp_path, monkeypatch, name):
-    original = MallowsTrainer.__init__
-
-    def split(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        setattr(self, name, True)
-
-    monkeypatch.setattr(MallowsTrainer, "__init__", split)
+    split_weights(monkeypatch, name)
     with pytest.raises(ValueError, match="does not know FSDP and DeepSpeed"):
         hybrid_trainer(tmp_path)

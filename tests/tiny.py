@@ -142,3 +142,14 @@ def cache_files(folder):
     """Files of the cached reference pass under an output_dir."""
     folder = folder / "_reference_cache"
     return sorted(folder.iterdir()) if folder.exists() else []
+
+
+def split_weights(monkeypatch, name):
+    """Trainers made after this take their weights for split; name: is_fsdp_enabled or is_deepspeed_enabled."""
+    original = MallowsTrainer.__init__
+
+    def split(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        setattr(self, name, True)
+
+    monkeypatch.setattr(MallowsTrainer, "__init__", split)

@@ -19,7 +19,7 @@ import torch
 from transformers import TrainerCallback
 
 from mallowspo.data import REFERENCE_COLUMNS, TOKEN_REFERENCE_COLUMNS
-from mallowspo.modeling import attach_token_stats, check_apart, disable_dropout, load_model, unprepared
+from mallowspo.modeling import check_apart, load_model, unprepared
 from mallowspo.trainer import MallowsTrainer
 
 
@@ -78,10 +78,7 @@ class AcceleratedTrainer(MallowsTrainer):
             self.previous_model = load_model(previous_model, args.model_init_kwargs)
             if isinstance(model, torch.nn.Module):
                 check_apart("previous_model", self.previous_model, model)
-            self.previous_model.requires_grad_(False)
-            attach_token_stats(self.previous_model)
-            if args.disable_dropout:
-                disable_dropout(self.previous_model)
+            self._taught(self.previous_model, args).requires_grad_(False)
         super().__init__(model, ref_model, args, **kwargs)
 
     def _shares_prompts(self, args, *models):

@@ -134,11 +134,8 @@ class HybridTrainer(MallowsTrainer):
         return loss._replace(losses=losses), policy, reference, dispersion
 
     def _objective_facts(self):
-        return (
-            super()._objective_facts()
-            | {f"{k} (HPO)": v for k, v in self._term.items()}
-            | {"expectile (HPO)": self.expectile}
-        )
+        term = self._term | {"expectile": self.expectile}
+        return super()._objective_facts() | {f"{name} (HPO)": value for name, value in term.items()}
 
     def _metrics(self, *args):
         return super()._metrics(*args) | self._hybrid
