@@ -57,6 +57,13 @@ void check_same(const Tensor& like, const Tensor& t, const char* name) {
 
 Tensor output(const Tensor& like) { return torch::stable::new_empty(like, like.sizes(), accumulator_of(like)); }
 
+// [count, ...] for the derivatives of an output in `count` inputs.
+Tensor slopes_of(const Tensor& like, int64_t count) {
+  std::vector<int64_t> sizes{count};
+  for (int64_t d = 0; d < like.dim(); ++d) sizes.push_back(like.size(d));
+  return torch::stable::new_empty(like, sizes, accumulator_of(like));
+}
+
 // The input in its accumulator's dtype, contiguous; `keep` owns what had to be copied until the kernel has run.
 struct Inputs {
   Tensor like;
@@ -267,7 +274,7 @@ PairArgs pair_args(Inputs& inputs, const Tensor& chosen, const Tensor& rejected,
   return args;
 }
 
-std::tuple<Tensor, Tensor, Tensor> preference_loss(
+std::tuple<Tensor, Tensor, Tensor, Tensor> preference_loss(
     const Tensor& chosen, const Tensor& rejected, const OptionalTensor& ref_chosen, const OptionalTensor& ref_rejected,
     const OptionalTensor& neg_log_dispersion, int64_t link, double beta, double gamma, double label_smoothing,
     bool robust, double smoothing, double focal_gamma, bool clip_rejected, int64_t divergence, double divergence_alpha,
@@ -280,26 +287,10 @@ std::tuple<Tensor, Tensor, Tensor> preference_loss(
   args.losses = losses.mutable_data_ptr();
   args.chosen_rewards = chosen_rewards.mutable_data_ptr();
   args.rejected_rewards = rejected_rewards.mutable_data_ptr();
+  const Tensor slopes = slopes_of(chosen, 3);
+  args.slopes = slopes.mutable_data_ptr();
   if (args.pairs > 0) MALLOWSPO_RUN(chosen, preference_loss, args);
-  return {losses, chosen_rewards, rejected_rewards};
-}
-
-std::tuple<Tensor, Tensor, Tensor> preference_loss_backward(
-    const Tensor& grad_losses, const Tensor& chosen, const Tensor& rejected, const OptionalTensor& ref_chosen,
-    const OptionalTensor& ref_rejected, const OptionalTensor& neg_log_dispersion, int64_t link, double beta,
-    double gamma, double label_smoothing, bool robust, double smoothing, double focal_gamma, bool clip_rejected,
-    int64_t divergence, double divergence_alpha, double discopop_tau) {
-  const Tensor grad_chosen = output(chosen), grad_rejected = output(chosen), grad_dispersion = output(chosen);
-  Inputs inputs{chosen, {}}, grads{grad_chosen, {}};
-  PairArgs args = pair_args(inputs, chosen, rejected, ref_chosen, ref_rejected, neg_log_dispersion, link, beta, gamma,
-                            label_smoothing, robust, smoothing, focal_gamma, clip_rejected, divergence,
-                            divergence_alpha, discopop_tau);
-  args.grad_losses = grads(grad_losses, "grad_losses must be like the losses; it");
-  args.grad_chosen = grad_chosen.mutable_data_ptr();
-  args.grad_rejected = grad_rejected.mutable_data_ptr();
-  args.grad_dispersion = grad_dispersion.mutable_data_ptr();
-  if (args.pairs > 0) MALLOWSPO_RUN(chosen, preference_loss_backward, args);
-  return {grad_chosen, grad_rejected, grad_dispersion};
+  return {losses, chosen_rewards, rejected_rewards, slopes};
 }
 
 // ---- mallows_log_prob ----------------------------------------------------------------------------------------------
@@ -314,25 +305,14 @@ MallowsArgs mallows_args(Inputs& inputs, const Tensor& margin, const Tensor& neg
   return args;
 }
 
-Tensor mallows_log_prob(const Tensor& margin, const Tensor& neg_log_dispersion, double smoothing) {
+std::tuple<Tensor, Tensor> mallows_log_prob(const Tensor& margin, const Tensor& neg_log_dispersion, double smoothing) {
   Inputs inputs{margin, {}};
   MallowsArgs args = mallows_args(inputs, margin, neg_log_dispersion, smoothing);
-  const Tensor log_probs = output(margin);
+  const Tensor log_probs = output(margin), slopes = slopes_of(margin, 2);
   args.log_probs = log_probs.mutable_data_ptr();
+  args.slopes = slopes.mutable_data_ptr();
   if (args.count > 0) MALLOWSPO_RUN(margin, mallows_log_prob, args);
-  return log_probs;
-}
-
-std::tuple<Tensor, Tensor> mallows_log_prob_backward(const Tensor& grad_log_probs, const Tensor& margin,
-                                                     const Tensor& neg_log_dispersion, double smoothing) {
-  const Tensor grad_margin = output(margin), grad_dispersion = output(margin);
-  Inputs inputs{margin, {}}, grads{grad_margin, {}};
-  MallowsArgs args = mallows_args(inputs, margin, neg_log_dispersion, smoothing);
-  args.grad_log_probs = grads(grad_log_probs, "grad_log_probs must be like the log-probabilities; it");
-  args.grad_margin = grad_margin.mutable_data_ptr();
-  args.grad_dispersion = grad_dispersion.mutable_data_ptr();
-  if (args.count > 0) MALLOWSPO_RUN(margin, mallows_log_prob_backward, args);
-  return {grad_margin, grad_dispersion};
+  return {log_probs, slopes};
 }
 
 // The same functions serve every backend; `run` picks the kernels.
@@ -343,9 +323,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("token_stats_backward", TORCH_BOX(&token_stats_backward));
   m.impl("advise_huge_pages", TORCH_BOX(&advise_huge_pages));
   m.impl("preference_loss", TORCH_BOX(&preference_loss));
-  m.impl("preference_loss_backward", TORCH_BOX(&preference_loss_backward));
   m.impl("mallows_log_prob", TORCH_BOX(&mallows_log_prob));
-  m.impl("mallows_log_prob_backward", TORCH_BOX(&mallows_log_prob_backward));
 }
 
 }  // namespace
@@ -371,24 +349,18 @@ STABLE_TORCH_LIBRARY(mallowspo, m) {
       " Tensor entropy, Tensor row_max, Tensor log_sum, int first_entry, int entries, int ignore_index,"
       " float temperature) -> ()");
   m.def("advise_huge_pages(Tensor t) -> ()");
-  // all [B]; `link` is mallowspo._C.Link, `divergence` mallowspo._C.Divergence; gradients are those in the log-ratios
+  // all [B]; `link` is mallowspo._C.Link, `divergence` mallowspo._C.Divergence. The losses' derivatives in the two
+  // log-ratios and in the dispersion, `slopes` [3, B], come out of the same arithmetic, so the backward is one product.
   m.def(
       "preference_loss(Tensor chosen_logps, Tensor rejected_logps, Tensor? ref_chosen_logps,"
       " Tensor? ref_rejected_logps, Tensor? neg_log_dispersion, int link, float beta, float gamma,"
       " float label_smoothing, bool robust, float smoothing, float focal_gamma, bool clip_rejected, int divergence,"
       " float divergence_alpha, float discopop_tau)"
-      " -> (Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards)");
+      " -> (Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, Tensor slopes)");
+  // margin and neg_log_dispersion of one shape; slopes [2, ...] in the two
   m.def(
-      "preference_loss_backward(Tensor grad_losses, Tensor chosen_logps, Tensor rejected_logps,"
-      " Tensor? ref_chosen_logps, Tensor? ref_rejected_logps, Tensor? neg_log_dispersion, int link, float beta,"
-      " float gamma, float label_smoothing, bool robust, float smoothing, float focal_gamma, bool clip_rejected,"
-      " int divergence, float divergence_alpha, float discopop_tau)"
-      " -> (Tensor grad_chosen, Tensor grad_rejected, Tensor grad_dispersion)");
-  // margin and neg_log_dispersion of one shape
-  m.def("mallows_log_prob(Tensor margin, Tensor neg_log_dispersion, float smoothing) -> Tensor log_probs");
-  m.def(
-      "mallows_log_prob_backward(Tensor grad_log_probs, Tensor margin, Tensor neg_log_dispersion, float smoothing)"
-      " -> (Tensor grad_margin, Tensor grad_dispersion)");
+      "mallows_log_prob(Tensor margin, Tensor neg_log_dispersion, float smoothing)"
+      " -> (Tensor log_probs, Tensor slopes)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mallowspo, CPU, m) { mallowspo::implement(m); }

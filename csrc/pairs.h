@@ -31,29 +31,21 @@ MALLOWSPO_FN void preference_loss_at(const PairArgs& args, int64_t i) {
   const double won = element<T>(args.chosen, i) - element<T>(args.ref_chosen, i);
   const double lost = element<T>(args.rejected, i) - element<T>(args.ref_rejected, i);
   const PairLoss pair = pair_loss(won, lost, checked_dispersion(element<T>(args.dispersion, i)), args.objective);
-  if (args.grad_losses) {
-    const double g = element<T>(args.grad_losses, i);
-    set_element<T>(args.grad_chosen, i, g * pair.d_chosen);
-    set_element<T>(args.grad_rejected, i, g * pair.d_rejected);
-    set_element<T>(args.grad_dispersion, i, g * pair.d_dispersion);
-  } else {
-    set_element<T>(args.losses, i, pair.loss);
-    set_element<T>(args.chosen_rewards, i, args.objective.beta * won);
-    set_element<T>(args.rejected_rewards, i, args.objective.beta * lost);
-  }
+  set_element<T>(args.losses, i, pair.loss);
+  set_element<T>(args.chosen_rewards, i, args.objective.beta * won);
+  set_element<T>(args.rejected_rewards, i, args.objective.beta * lost);
+  set_element<T>(args.slopes, i, saturated<T>(pair.d_chosen));
+  set_element<T>(args.slopes, i + args.pairs, saturated<T>(pair.d_rejected));
+  set_element<T>(args.slopes, i + 2 * args.pairs, saturated<T>(pair.d_dispersion));
 }
 
 template <class T>
 MALLOWSPO_FN void mallows_log_prob_at(const MallowsArgs& args, int64_t i) {
   const double a = checked_dispersion(element<T>(args.dispersion, i));
   const LinkValue v = mallows_link(element<T>(args.margin, i), a, args.smoothing);
-  if (args.grad_log_probs) {
-    const double g = element<T>(args.grad_log_probs, i);
-    set_element<T>(args.grad_margin, i, g * saturated<T>(v.d_margin));
-    set_element<T>(args.grad_dispersion, i, g * saturated<T>(v.d_dispersion));
-  } else {
-    set_element<T>(args.log_probs, i, saturated<T>(v.log_prob));
-  }
+  set_element<T>(args.log_probs, i, saturated<T>(v.log_prob));
+  set_element<T>(args.slopes, i, saturated<T>(v.d_margin));
+  set_element<T>(args.slopes, i + args.count, saturated<T>(v.d_dispersion));
 }
 
 }  // namespace mallowspo

@@ -72,9 +72,8 @@ struct PairArgs {
   int64_t pairs;
   Objective objective;
   const void *chosen, *rejected, *ref_chosen, *ref_rejected, *dispersion;  // [pairs]; the last three may be null
-  void *losses, *chosen_rewards, *rejected_rewards;                       // forward
-  const void* grad_losses;                                                // backward
-  void *grad_chosen, *grad_rejected, *grad_dispersion;
+  void *losses, *chosen_rewards, *rejected_rewards;                       // [pairs]
+  void* slopes;  // [3, pairs]: the losses' derivatives in the two log-ratios and in the dispersion
 };
 
 struct MallowsArgs {
@@ -82,9 +81,8 @@ struct MallowsArgs {
   int64_t count;
   double smoothing;
   const void *margin, *dispersion;
-  void* log_probs;             // forward
-  const void* grad_log_probs;  // backward
-  void *grad_margin, *grad_dispersion;
+  void* log_probs;  // [count]
+  void* slopes;     // [2, count]: their derivatives in margin and dispersion
 };
 
 #define MALLOWSPO_DECLARE_BACKEND(NAME)                        \
@@ -93,9 +91,7 @@ struct MallowsArgs {
   void token_stats_tile(const TokenStatsTileArgs&);            \
   void token_stats_backward(const TokenStatsBackwardArgs&);    \
   void preference_loss(const PairArgs&);                       \
-  void preference_loss_backward(const PairArgs&);              \
   void mallows_log_prob(const MallowsArgs&);                   \
-  void mallows_log_prob_backward(const MallowsArgs&);          \
   }
 MALLOWSPO_DECLARE_BACKEND(cpu)
 MALLOWSPO_DECLARE_BACKEND(cuda)

@@ -16,10 +16,8 @@ SCHEMAS = {
     "token_stats_tile": 0,
     "token_stats_backward_tile": 0,
     "advise_huge_pages": 0,
-    "preference_loss": 3,
-    "preference_loss_backward": 3,
-    "mallows_log_prob": 1,
-    "mallows_log_prob_backward": 2,
+    "preference_loss": 4,
+    "mallows_log_prob": 2,
 }
 
 
@@ -96,8 +94,6 @@ def test_opcheck_preference_loss(dtype, with_reference, link):
     settings = choices.operator_settings(**choices.PAIR_CHOICES | options)
     arguments = chosen, rejected, *references, dispersion, *settings
     torch.library.opcheck(ops.preference_loss, arguments)
-    grad = torch.ones(4, dtype=result_dtype(dtype))
-    torch.library.opcheck(ops.preference_loss_backward, (grad, *arguments))
 
 
 @dtypes
@@ -106,8 +102,6 @@ def test_opcheck_mallows_log_prob(dtype):
     torch.library.opcheck(ops.mallows_log_prob, (margin, dispersion, 1.0))
     expanded = margin.expand(3, 4), dispersion.expand(3, 4)
     torch.library.opcheck(ops.mallows_log_prob, (*expanded, 0.0))
-    grad = torch.ones(3, 4, dtype=result_dtype(dtype))
-    torch.library.opcheck(ops.mallows_log_prob_backward, (grad, *expanded, 1.0))
 
 
 # --- the operators guard memory whoever calls them -------------------------------------------------------------------
@@ -144,12 +138,7 @@ def test_operators_refuse_what_they_could_not_read():
         "needs neg_log_dispersion": (ops.preference_loss, (*five[:4], None, *settings)),
         "unknown link 16": (ops.preference_loss, (*five, 16, *settings[1:])),
         "unknown divergence 2": (ops.preference_loss, (*five, *settings[:8], 2, *settings[9:])),
-        "grad_losses must be like": (
-            ops.preference_loss_backward,
-            (five[0].unsqueeze(-1)[:, :0], *five, *settings),
-        ),
         "neg_log_dispersion has another shape": (ops.mallows_log_prob, (five[0], five[4][:1], 1.0)),
-        "grad_log_probs must be like": (ops.mallows_log_prob_backward, (five[0][:1], five[0], five[4], 1.0)),
         "float32, float64, bfloat16 or float16": (ops.mallows_log_prob, (labels, labels, 1.0)),
     }
     for message, (operator, arguments) in bad_calls.items():

@@ -45,10 +45,8 @@ void log_probs(const MallowsArgs& args) {
 }  // namespace
 
 void preference_loss(const PairArgs& args) { args.dtype == DType::f64 ? losses<double>(args) : losses<float>(args); }
-void preference_loss_backward(const PairArgs& args) { preference_loss(args); }
 void mallows_log_prob(const MallowsArgs& args) {
   args.dtype == DType::f64 ? log_probs<double>(args) : log_probs<float>(args);
 }
-void mallows_log_prob_backward(const MallowsArgs& args) { mallows_log_prob(args); }
 
 }  // namespace mallowspo::cpu

@@ -28,10 +28,8 @@ void launch_elements(const Args& args, int64_t count) {
 void preference_loss(const PairArgs& args) {
   launch_elements<PairArgs, preference_loss_at<float>, preference_loss_at<double>>(args, args.pairs);
 }
-void preference_loss_backward(const PairArgs& args) { preference_loss(args); }
 void mallows_log_prob(const MallowsArgs& args) {
   launch_elements<MallowsArgs, mallows_log_prob_at<float>, mallows_log_prob_at<double>>(args, args.count);
 }
-void mallows_log_prob_backward(const MallowsArgs& args) { mallows_log_prob(args); }
 
 }  // namespace mallowspo::cuda

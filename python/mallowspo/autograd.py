@@ -1,7 +1,8 @@
 """Autograd Functions over ``torch.ops.mallowspo.*`` and the fake kernels that let ``torch.compile`` trace them.
 
 Shapes and meaning are those of :mod:`mallowspo.functional`, which also checks the arguments. The operators themselves
-know no autograd: a Function's backward is one operator call and raises under ``create_graph=True``.
+know no autograd: a Function's backward is one operator call (per pair: one product with the slopes that the forward gave)
+and raises under ``create_graph=True``.
 """
 
 import functools
@@ -66,22 +67,25 @@ class PreferenceLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chosen, rejected, ref_chosen, ref_rejected, neg_log_dispersion, *settings):
         tensors = chosen, rejected, ref_chosen, ref_rejected, neg_log_dispersion
-        losses, chosen_rewards, rejected_rewards = ops.preference_loss(*tensors, *settings)
-        ctx.save_for_backward(*tensors)
-        ctx.settings = settings
+        losses, chosen_rewards, rejected_rewards, slopes = ops.preference_loss(*tensors, *settings)
+        ctx.save_for_backward(slopes)
+        ctx.dtype = chosen.dtype
         ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)
         return losses, chosen_rewards, rejected_rewards
 
     @staticmethod
     @first_order
     def backward(ctx, grad_losses, _chosen_rewards, _rejected_rewards):
-        tensors = ctx.saved_tensors
-        chosen, rejected, dispersion = ops.preference_loss_backward(grad_losses, *tensors, *ctx.settings)
-        grads = chosen, rejected, chosen, rejected, dispersion
-        signed = [grad.neg() if i in (2, 3) and ctx.needs_input_grad[i] else grad for i, grad in enumerate(grads)]
-        needed = zip(signed, tensors, ctx.needs_input_grad, strict=False)  # a reference's has the other sign
-        grads = [grad.to(tensor.dtype) if wanted else None for grad, tensor, wanted in needed]
-        return *grads, *(None for _ in ctx.settings)
+        chosen, rejected, dispersion = _scaled(ctx, grad_losses)
+        _, _, wants_ref_chosen, wants_ref_rejected, wants_dispersion, *settings = ctx.needs_input_grad
+        return (
+            chosen,
+            rejected,
+            -chosen if wants_ref_chosen else None,
+            -rejected if wants_ref_rejected else None,
+            dispersion if wants_dispersion else None,
+            *(None for _ in settings),
+        )
 
 
 class MallowsLogProbFunction(torch.autograd.Function):
@@ -89,25 +93,26 @@ class MallowsLogProbFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, margin, neg_log_dispersion, smoothing):
-        ctx.save_for_backward(margin, neg_log_dispersion)
-        ctx.smoothing = smoothing
-        return ops.mallows_log_prob(margin, neg_log_dispersion, smoothing)
+        log_probs, slopes = ops.mallows_log_prob(margin, neg_log_dispersion, smoothing)
+        ctx.save_for_backward(slopes)
+        ctx.dtype = margin.dtype
+        return log_probs
 
     @staticmethod
     @first_order
     def backward(ctx, grad):
-        margin, neg_log_dispersion = ctx.saved_tensors
-        grad_margin, grad_dispersion = ops.mallows_log_prob_backward(grad, margin, neg_log_dispersion, ctx.smoothing)
-        wants_margin, wants_dispersion, _ = ctx.needs_input_grad
-        return (
-            grad_margin.to(margin.dtype) if wants_margin else None,
-            grad_dispersion.to(neg_log_dispersion.dtype) if wants_dispersion else None,
-            None,
-        )
+        return *_scaled(ctx, grad), None
 
 
-def _outputs_like(tensor, count):
-    return tuple(tensor.new_empty(tensor.shape, dtype=accumulator_dtype(tensor.dtype)) for _ in range(count))
+def _scaled(ctx, grad):
+    """The gradients in an operator's inputs, of which the forward has taken the slopes."""
+    return (grad * ctx.saved_tensors[0]).to(ctx.dtype).unbind()
+
+
+def _outputs_like(tensor, count, slopes):
+    dtype = accumulator_dtype(tensor.dtype)
+    outputs = (tensor.new_empty(tensor.shape, dtype=dtype) for _ in range(count))
+    return *outputs, tensor.new_empty((slopes, *tensor.shape), dtype=dtype)
 
 
 @torch.library.register_fake("mallowspo::token_stats")
@@ -137,19 +142,9 @@ def _(t):
 
 @torch.library.register_fake("mallowspo::preference_loss")
 def _(chosen, *rest):
-    return _outputs_like(chosen, 3)
-
-
-@torch.library.register_fake("mallowspo::preference_loss_backward")
-def _(grad_losses, chosen, *rest):
-    return _outputs_like(chosen, 3)
+    return _outputs_like(chosen, 3, slopes=3)
 
 
 @torch.library.register_fake("mallowspo::mallows_log_prob")
 def _(margin, neg_log_dispersion, smoothing):
-    return _outputs_like(margin, 1)[0]
-
-
-@torch.library.register_fake("mallowspo::mallows_log_prob_backward")
-def _(grad, margin, neg_log_dispersion, smoothing):
-    return _outputs_like(margin, 2)
+    return _outputs_like(margin, 1, slopes=2)
