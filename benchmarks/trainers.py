@@ -59,7 +59,8 @@ class Setting:
     scratch: str
 
     def __post_init__(self):
-        self.pairs, response = (2, 96) if self.device == "cpu" else (8, 512)
+        self.pairs = 2  # more of CUDA's would not leave room for all contenders in 80 GB
+        response = 96 if self.device == "cpu" else 512
         self.lengths = {TWICE: (2 * response, response), SAME: (response, response), SHORT: None}
         self.dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
         self._is_random = self.model == RANDOM_MODEL

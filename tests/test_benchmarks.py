@@ -39,6 +39,30 @@ def row(**changes):
     return made | changes
 
 
+def test_kernels_are_timed_on_the_device_behind_a_head_start(monkeypatch):
+    """The events of a device stand around the calls alone, and what is queued before them is not counted."""
+    happened = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            happened.append(self)
+
+        def elapsed_time(self, end):
+            assert [self, "call", "call", end] == happened[2:6]
+            return 3.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: happened.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("synchronize"))
+    found = contest.kernel_seconds(
+        lambda: happened.append("call"), "cuda", prepare=lambda: happened.append("prepare"), calls=2
+    )
+    assert found == 1.5e-3 and happened[:2] == ["prepare", "sleep"] and happened[6:] == ["synchronize"]
+
+
 def test_cells_of_a_row():
     heading, cells = ratios.table([row()])
     assert dict(zip(heading, cells, strict=True)) == {

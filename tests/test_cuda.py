@@ -255,10 +255,10 @@ def test_runs_on_the_current_stream(shape):
 
 
 def pair_results(logps, dispersion):
-    """Losses, log-probabilities and their gradients: the operators that run one kernel each way."""
+    """Losses, log-probabilities and their gradients: one kernel forward, one product backward."""
     logps, dispersion = (x.detach().requires_grad_() for x in (logps, dispersion))
     losses = F.preference_loss(logps, -logps, neg_log_dispersion=dispersion, link="mallows-phi").losses
-    log_probs = F.mallows_log_prob(logps, dispersion)
+    log_probs = F.mallows_log_prob(logps, dispersion) + F.mallows_log_prob(logps, 0.5)
     return losses.detach(), log_probs.detach(), *torch.autograd.grad((losses + log_probs).sum(), (logps, dispersion))
 
 

@@ -237,10 +237,10 @@ def mallows_log_prob(margin, neg_log_dispersion, *, smoothing=1.0):
             that do not broadcast, a dispersion that is negative or not finite (CPU).
     """
     if not torch.is_tensor(margin) and torch.is_tensor(neg_log_dispersion):
-        margin = torch.as_tensor(margin, dtype=neg_log_dispersion.dtype, device=neg_log_dispersion.device)
+        margin = neg_log_dispersion.new_full((), margin)  # filled there: a copy would wait for a GPU
     check_tensor("margin", margin, DTYPES)
     if not torch.is_tensor(neg_log_dispersion):
-        neg_log_dispersion = torch.as_tensor(neg_log_dispersion, dtype=margin.dtype, device=margin.device)
+        neg_log_dispersion = margin.new_full((), neg_log_dispersion)
     check_tensor("neg_log_dispersion", neg_log_dispersion, DTYPES)
     check_same_dtype(margin=margin, neg_log_dispersion=neg_log_dispersion)
     check_same_device(margin=margin, neg_log_dispersion=neg_log_dispersion)

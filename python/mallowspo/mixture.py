@@ -49,7 +49,8 @@ def mixed_reference_logps(
         clarity = torch.cat([clarity[:1] + _NOTHING, clarity[1:]])
         log_weights = clarity.log() - clarity.sum(0).log()
     else:
-        log_weights = logps.new_tensor(reference_weights).log()[:, None]
+        weights = [logps.new_full((1,), weight) for weight in reference_weights]  # a copy would wait for a GPU
+        log_weights = torch.stack(weights).log()
     if swap_reference_weights:
         log_weights = log_weights.flip(0)
     if reference_clip is not None:
