@@ -249,9 +249,14 @@ def load_model(model, init_kwargs=None):
 
     In float32 unless init_kwargs has a dtype: the checkpoint's own is mostly bfloat16, whose resolution loses updates
     as small as preference tuning's.
+
+    Raises:
+        TypeError: neither a model nor a name.
     """
-    if not isinstance(model, str | Path):
+    if isinstance(model, nn.Module):
         return _passing_gradients(unprepared(model))
+    if not isinstance(model, str | Path):
+        raise TypeError(f"a model must be a PreTrainedModel, a PeftModel or the name or folder of one, got {model!r}")
     kwargs = init_kwargs or {}
     if not {"dtype", "torch_dtype"} & kwargs.keys():
         kwargs = kwargs | {"dtype": torch.float32}

@@ -17,7 +17,7 @@ from packaging.version import Version
 from mallowspo import functional as F
 from mallowspo.config import ObjectiveArguments, check_dispersion
 from mallowspo.data import PAIR_COLUMNS
-from mallowspo.dispersion import agreement_to_neg_log_dispersion
+from mallowspo.dispersion import agreement_to_neg_log_dispersion, check_column, chosen_source
 from mallowspo.objective import presets
 
 TESTED = ("1.16", "2")  # from, below; on a CPU 1.15 cannot train
@@ -133,11 +133,14 @@ class DPOTrainer(trl.DPOTrainer):
         self.objective = args.objective()
         self._source = None
         if self.objective.uses_dispersion:
-            self._source = _dispersion_source(args, next(iter(train_dataset or ()), {}))
+            columns = next(iter(train_dataset or ()), {})
+            self._source = chosen_source(args, self.objective, columns)
+            check_column(self._source, columns, "the train data set", self.objective.link)
             evals = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
             for name, data in evals.items():
                 if data:
-                    _check_column(self._source, next(iter(data)), f"eval {name}" if name else "eval", args)
+                    told = f"the eval {name} data set" if name else "the eval data set"
+                    check_column(self._source, next(iter(data)), told, self.objective.link)
         if self._source == "entropy" and args.precompute_ref_log_probs:
             raise ValueError(
                 "precompute_ref_log_probs keeps the reference's log-probabilities but not the entropies that "
@@ -202,7 +205,7 @@ class DPOTrainer(trl.DPOTrainer):
         if self._source == "entropy":
             entropy = summed(reference.entropy) / num_tokens
             dispersion = F.neg_log_dispersion(*entropy.chunk(2), self._vocabulary, scale=self.dispersion_scale)
-            metrics["dispersion/entropy"] = sum(entropy.chunk(2)) / (2 * math.log(self._vocabulary))
+            metrics["dispersion/entropy"] = F.normalised_entropy(*entropy.chunk(2), self._vocabulary)
         elif self._source:
             dispersion = self.dispersion_scale * dispersion
         if dispersion is not None:
@@ -241,8 +244,7 @@ class _WithDispersion:
     link: str
 
     def __call__(self, rows):
-        if self.source not in rows[0]:
-            raise ValueError(f"a data set lacks the column {self.source!r}, the dispersion of {self.link!r}")
+        check_column(self.source, rows[0], "a data set", self.link)
         values = [row[self.source] for row in rows]
         if self.source == "agreement":
             values = agreement_to_neg_log_dispersion(values, self.link)
@@ -251,17 +253,3 @@ class _WithDispersion:
         if bad.any():
             raise ValueError(f"neg_log_dispersion must be finite and >= 0, got {values[bad][0]}")
         return dict(self.collator(rows)) | {_DISPERSION: torch.tensor(values, dtype=torch.float32)}
-
-
-def _dispersion_source(args, columns):
-    found = [name for name in PAIR_COLUMNS if name in columns]
-    if args.dispersion_source is None and len(found) > 1:
-        raise ValueError(f"the data has both {found[0]!r} and {found[1]!r}; choose one by dispersion_source")
-    source = args.dispersion_source or (found[0] if found else "entropy")
-    _check_column(source, columns, "train", args)
-    return source
-
-
-def _check_column(source, columns, name, args):
-    if source in PAIR_COLUMNS and source not in columns:
-        raise ValueError(f"the {name} data set lacks the column {source!r}, the dispersion of {args.loss_type[0]!r}")
