@@ -1,5 +1,6 @@
 """The native build: what it decides, what it refuses, and that the CUDA kernels compile, link and register."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -109,6 +110,20 @@ def test_the_least_torch_is_the_declared_one():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = f"torch>={mallowspo.MINIMUM_TORCH}"
     assert wanted in declared["project"]["dependencies"] and wanted in declared["build-system"]["requires"]
+
+
+def test_what_is_imported_is_declared():
+    """By the trainer and below; integrations and extras are imported where they are asked for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
+    imported = set()
+    for path in (ROOT / "python" / "mallowspo").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+    assert imported - sys.stdlib_module_names - {"mallowspo"} == declared
 
 
 @pytest.mark.parametrize("kind", ["No module named 'torch'", "libtorch.so: cannot open"])

@@ -223,7 +223,7 @@ def _encoded(batch):
 
 
 def sequence_stats(model, batch):
-    """The sums of :func:`response_stats`: SequenceStats, [R] float32; differentiable."""
+    """The sums of :func:`response_stats`, SequenceStats [R], float32 (float64 for a float64 model); differentiable."""
     return SequenceStats(*response_stats(model, batch)[:2])
 
 
@@ -236,7 +236,7 @@ def response_stats(model, batch, aligned=False):
         aligned: whether the result has an alignment.
 
     Returns:
-        ResponseStats, float32; differentiable.
+        ResponseStats, float32 (float64 for a float64 model); differentiable.
     """
     found = model(**_encoded(batch), target_ids=batch["target_ids"], aligned=aligned)
     lengths = batch["num_tokens"]

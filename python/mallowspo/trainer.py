@@ -13,7 +13,7 @@ from transformers.utils import logging
 from mallowspo import functional as F
 from mallowspo.collator import PreferenceCollator
 from mallowspo.config import MallowsConfig
-from mallowspo.data import PAIR_COLUMNS, mark_differences, stop_word_ids, tokenize_pairs
+from mallowspo.data import PAIR_COLUMNS, evaluation_sets, mark_differences, stop_word_ids, tokenize_pairs
 from mallowspo.dispersion import agreement_to_neg_log_dispersion, calibrated_scale, check_column, chosen_source
 from mallowspo.distributed import DistributedTrainer
 from mallowspo.metrics import Means, pair_metrics
@@ -98,7 +98,8 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
             raise ValueError("train_dataset is missing")
         self.objective = args.objective()
         check_reference_count(len(references), self.objective.reference_weights, self.objective.swap_reference_weights)
-        for reference in filter(None, references):
+        loaded = [reference for reference in references if reference is not None]
+        for reference in loaded:
             check_apart("ref_model", reference, model)
         if peft_config is not None:
             model = add_adapter(model, peft_config)
@@ -113,11 +114,11 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
             processing_class.pad_token = processing_class.eos_token
 
         self._is_peft = hasattr(model, "get_base_model")
-        for m in filter(None, (model, *references)):
+        for m in (model, *loaded):
             self._taught(m, args)
         if self._is_peft and args.gradient_checkpointing:
             model.enable_input_require_grads()  # else a checkpointed block sees no input that needs a gradient
-        for reference in filter(None, references):
+        for reference in loaded:
             reference.requires_grad_(False)
 
         super().__init__(
@@ -138,8 +139,7 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(["mallowspo"])
 
-        evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        given = {"train": train_dataset} | {f"eval {k}": d for k, d in evals.items() if d is not None}
+        given = {"train": train_dataset} | evaluation_sets(eval_dataset)
         columns = getattr(train_dataset, "column_names", None) or ()
         self._source = chosen_source(args, self.objective, columns) if self.objective.uses_dispersion else None
         with args.main_process_first(desc="tokenisation"):  # the others read the cache that `datasets` keeps
@@ -189,14 +189,14 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         cached = self._cached
         if self._is_peft and None in references and (needs_logps or needs_entropy):
             check_adapter_off(self.model, for_good=not cached)
-        anchor = references[0] or self.model
+        anchor = self.model if references[0] is None else references[0]
         self._vocabulary = anchor.get_output_embeddings().out_features  # the weight's shape may be of a shard
         ready, start = partial(self._ready, for_good=not cached), None
         # None among the references: the model itself, with its adapter off if it has one.
         if None in references and (is_partitioned(self.model) if cached else needs_logps and not self._is_peft):
             start = ready(self._second_model())
-        references = [model and ready(model) for model in references]
-        self.ref_model, *self.other_references = (model or start for model in references)
+        references = [None if model is None else ready(model) for model in references]
+        self.ref_model, *self.other_references = (start if model is None else model for model in references)
         if cached:
             if None in self.references:
                 ready(self.model)

@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from mallowspo import functional as F
 from mallowspo.config import ObjectiveArguments, check_dispersion
-from mallowspo.data import PAIR_COLUMNS
+from mallowspo.data import PAIR_COLUMNS, evaluation_sets
 from mallowspo.dispersion import agreement_to_neg_log_dispersion, check_column, chosen_source
 from mallowspo.objective import presets
 
@@ -136,11 +136,9 @@ class DPOTrainer(trl.DPOTrainer):
             columns = next(iter(train_dataset or ()), {})
             self._source = chosen_source(args, self.objective, columns)
             check_column(self._source, columns, "the train data set", self.objective.link)
-            evals = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
-            for name, data in evals.items():
+            for name, data in evaluation_sets(eval_dataset).items():
                 if data:
-                    told = f"the eval {name} data set" if name else "the eval data set"
-                    check_column(self._source, next(iter(data)), told, self.objective.link)
+                    check_column(self._source, next(iter(data)), f"the {name} data set", self.objective.link)
         if self._source == "entropy" and args.precompute_ref_log_probs:
             raise ValueError(
                 "precompute_ref_log_probs keeps the reference's log-probabilities but not the entropies that "
@@ -157,7 +155,7 @@ class DPOTrainer(trl.DPOTrainer):
         self.loss_types, self.loss_weights, self.beta = ["sigmoid"], [1.0], self.objective.beta
         self.dispersion_scale = args.dispersion_scale or (ENTROPY_SCALE if self._source == "entropy" else 1.0)
         if self._source == "entropy":
-            reference = self.accelerator.unwrap_model(self.ref_model or self.model)
+            reference = self.accelerator.unwrap_model(self._reference)
             if self.ref_model is not None:  # TRL asks it for log-probabilities alone
                 add_fused_lm_head(reference, outputs=("log_probs", "entropy"))
                 # accelerate had wrapped the forward that this one replaces
@@ -165,6 +163,10 @@ class DPOTrainer(trl.DPOTrainer):
             self._vocabulary = reference.get_output_embeddings().out_features  # the weight's shape may be of a shard
         elif self._source:
             self.data_collator = _WithDispersion(self.data_collator, self._source, self.objective.link)
+
+    @property
+    def _reference(self):
+        return self.model if self.ref_model is None else self.ref_model
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -184,7 +186,7 @@ class DPOTrainer(trl.DPOTrainer):
             policy.append(model(**kwargs))
             return policy[-1]
 
-        hook = (self.ref_model or self.model).register_forward_hook(lambda *call: reference.append(call[-1]))
+        hook = self._reference.register_forward_hook(lambda *call: reference.append(call[-1]))
         try:
             result = super()._compute_loss(recorded, inputs, return_outputs)
         finally:
