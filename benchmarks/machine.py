@@ -1,7 +1,6 @@
 """Facts of the machine and the software that the figures belong to."""
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import re
@@ -25,8 +24,7 @@ def facts(device):
         "instruction sets": " ".join(flag for flag in FLAGS if flag in _cpu_flags()) or "unknown",
         "threads": str(torch.get_num_threads()),
         **env.report(),
-        "liger-kernel": _version("liger-kernel"),
-        "triton": _version("triton"),
+        **{name: env.installed(name) or "not installed" for name in ("liger-kernel", "triton")},
         "git commit": git_commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
@@ -72,10 +70,3 @@ def _cpuinfo(key):
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
-
-
-def _version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

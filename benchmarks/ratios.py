@@ -16,8 +16,8 @@ that is absent from a row offers nothing of the kind. Markdown, PNG and the prin
 ``python ratios.py FILE.json`` makes them again.
 """
 
+import io
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -26,6 +26,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import LogLocator  # noqa: E402
+
+from mallowspo.files import write_whole  # noqa: E402
 
 SCHEMA = 1
 NOT_INSTALLED, NOT_OFFERED = "not installed", "-"
@@ -132,19 +134,12 @@ def plot(results, path):
 
 def write(results, folder, name, markdown=markdown):
     """NAME.json, NAME.md and NAME.png in a folder; what is there stays whole until each new file is complete."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    writers = {
-        "json": lambda path: path.write_text(json.dumps(results, indent=1) + "\n"),
-        "md": lambda path: path.write_text(markdown(results)),
-        "png": lambda path: plot(results, path),
-    }
-    partial = {ending: folder / f".{name}.partial.{ending}" for ending in writers}
-    for ending, writer in writers.items():
-        writer(partial[ending])
-    for ending, path in partial.items():
-        os.replace(path, folder / f"{name}.{ending}")
-    return [folder / f"{name}.{ending}" for ending in writers]
+    plot(results, picture := io.BytesIO())
+    texts = {"json": json.dumps(results, indent=1) + "\n", "md": markdown(results)}
+    files = {ending: text.encode() for ending, text in texts.items()} | {"png": picture.getvalue()}
+    for ending, data in files.items():
+        write_whole(Path(folder) / f"{name}.{ending}", data)
+    return [Path(folder) / f"{name}.{ending}" for ending in files]
 
 
 if __name__ == "__main__":

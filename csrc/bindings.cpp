@@ -42,7 +42,6 @@ PYBIND11_MODULE(_C, m) {
   build["version"] = MALLOWSPO_VERSION;
   build["compiler"] = MALLOWSPO_COMPILER;
   build["built_with_torch"] = MALLOWSPO_TORCH_VERSION;
-  build["minimum_torch"] = MALLOWSPO_MINIMUM_TORCH;
   build["cuda"] = MALLOWSPO_CUDA_DECISION;
   build["cuda_architectures"] = MALLOWSPO_CUDA_ARCHITECTURES;
   m.attr("build") = build;

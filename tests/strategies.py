@@ -32,7 +32,7 @@ loss_options = st.fixed_dictionaries(
         "robust": st.booleans(),
         "smoothing": st.sampled_from([0.25, 1.0]),
     }
-)
+).filter(lambda options: not (options["robust"] and options["gamma"]))
 
 
 @st.composite
@@ -49,7 +49,9 @@ def pair_choices(draw):
     if link in ("exo", "mallows-exo"):
         return options | {"label_smoothing": draw(st.sampled_from([1e-3, 0.1]))}
     if draw(st.booleans()):
-        return options | {"label_smoothing": draw(st.sampled_from([0.1, 0.4])), "robust": draw(st.booleans())}
+        robust = draw(st.booleans())
+        options |= {"label_smoothing": draw(st.sampled_from([0.1, 0.4])), "robust": robust}
+        return options | {"gamma": 0.0 if robust else options["gamma"]}
     if link in reference.PROBABILITY_LINKS:
         options |= {"focal_gamma": draw(st.sampled_from([0.0, 0.05, 1.0]))}
     return options | {"clip_rejected": draw(st.booleans())}

@@ -1,7 +1,9 @@
 """What mallowspo.functional refuses: the exception, and that its message names the offending value."""
 
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,6 +70,18 @@ WRONG_TYPES = [
     refused(TypeError, "chosen_logps is float32, rejected_logps is float16", loss, LOGPS, LOGPS.half()),
     refused(TypeError, "ref_chosen_logps is bfloat16", loss, LOGPS, LOGPS, LOGPS.bfloat16(), LOGPS),
     refused(TypeError, "neg_log_dispersion must be a torch.Tensor, got float", loss, neg_log_dispersion=0.5),
+    *(
+        refused(TypeError, f"beta must be a number, got {re.escape(repr(x))}$", loss, beta=x)
+        for x in ("0.1", None, True, LOGPS[0])
+    ),
+    *(
+        refused(TypeError, f"{name} must be a number, got '0.1'$", loss, **{name: "0.1"})
+        for name in ("gamma", "label_smoothing", "smoothing", "focal_gamma", "divergence_alpha", "discopop_tau")
+    ),
+    *(refused(TypeError, "temperature must be a number, got '1'$", f, temperature="1") for f in (token_stats, linear)),
+    refused(TypeError, "softcap must be a number, got '30'$", linear, softcap="30"),
+    refused(TypeError, "num_outcomes must be a number, got '50'$", dispersion, ONE, ONE, "50"),
+    refused(TypeError, "smoothing must be a number, got True$", link, smoothing=True),
 ]
 
 WRONG_SHAPES_AND_DEVICES = [
@@ -75,6 +89,7 @@ WRONG_SHAPES_AND_DEVICES = [
     refused(ValueError, r"the vocabulary, \[2, 3\], got \[3, 2\]", token_stats, LOGITS, LABELS.T),
     refused(ValueError, r"V >= 1, got shape \[2, 3, 0\]", token_stats, LOGITS[..., :0]),
     refused(ValueError, r"V >= 1, got shape \[\]", token_stats, LOGITS[0, 0, 0], LABELS[0, 0]),
+    refused(ValueError, "9 dimensions, got 10; flatten", token_stats, torch.zeros([1] * 9 + [5]), LABELS[(None,) * 7]),
     refused(ValueError, "logits is on meta; .* cpu and cuda", token_stats, LOGITS.to("meta")),
     refused(ValueError, "labels is on meta", token_stats, LOGITS, LABELS.to("meta")),
     refused(ValueError, r"got \[2, 3, 4\] and \[5, 3\]", linear, HIDDEN, WEIGHT[:, :3]),
@@ -151,7 +166,7 @@ def test_a_label_outside_the_vocabulary_in_a_later_chunk():
 @pytest.mark.parametrize("function", [link, loss])
 @pytest.mark.parametrize("dtype", F.DTYPES)
 def test_a_dispersion_that_is_none(function, value, dtype):
-    bad = ONE.to(dtype)
+    bad = ONE.to(dtype, copy=True)
     bad[1] = value
     with pytest.raises(ValueError, match=r"neg_log_dispersion\[1\] is .*must be finite and >= 0"):
         function(LOGPS.to(dtype), **{"rejected": LOGPS.to(dtype)} if function is loss else {}, neg_log_dispersion=bad)
@@ -175,6 +190,9 @@ def test_no_bad_value_no_exception():
     assert link(neg_log_dispersion=torch.zeros(3)).isfinite().all()
     assert token_stats(LOGITS[:0], LABELS[:0]).logps.shape == (0, 3)
     assert linear(HIDDEN[:, :0], labels=LABELS[:, :0]).entropy.shape == (2, 0)
+    assert token_stats(LOGITS[(None,) * 6], LABELS[(None,) * 6]).logps.shape == (1,) * 6 + (2, 3)  # nine dimensions
+    assert linear(HIDDEN[(None,) * 9], labels=LABELS[(None,) * 9]).logps.dim() == 11
+    assert loss(beta=np.float32(0.1), gamma=np.int64(1)).losses.shape == (3,)  # numbers, too
     assert loss(LOGPS[:0], LOGPS[:0], neg_log_dispersion=ONE[:0]).losses.shape == (0,)
     assert token_stats(labels=torch.full_like(LABELS, -7), ignore_index=-7).logps.abs().sum() == 0
 
@@ -183,6 +201,14 @@ def test_no_bad_value_no_exception():
 def test_cuda_tensors_without_cuda_kernels():
     with pytest.raises(ValueError, match="logits is on cuda:0 but mallowspo was built without CUDA kernels"):
         token_stats(LOGITS.cuda(), LABELS.cuda())
+
+
+def test_a_star_import_brings_what_a_training_loop_calls():
+    names = {}
+    exec("from mallowspo.functional import *", names)
+    found = names.keys() - {"__builtins__"}
+    assert {"token_stats", "preference_loss", "neg_log_dispersion", "LINKS"} <= found
+    assert not [name for name in found if name.startswith("check") or name in ("torch", "NamedTuple")]
 
 
 def test_what_overlaps():

@@ -1,10 +1,13 @@
 """The native build: what it decides, what it refuses, and that the CUDA kernels compile, link and register."""
 
+import ast
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,7 +42,7 @@ def stub_torch(directory, version):
     (package / "__init__.py").write_text(
         "from types import SimpleNamespace\n"
         "class Version(str):\n"
-        "    def __lt__(self, other): return tuple(map(int, self.split('.')))[:2] < other\n"
+        "    def __lt__(self, other): return [int(x) for x in self.split('.')] < [int(x) for x in other.split('.')]\n"
         f"__version__ = Version('{version}')\n"
         "version = SimpleNamespace(cuda=None)\n"
     )
@@ -98,6 +101,61 @@ def test_old_torch_is_refused_at_import(tmp_path):
         PYTHONPATH=os.pathsep.join([stub_torch(tmp_path, "2.9.1"), str(ROOT / "python")]),
     )
     assert "ImportError: mallowspo needs torch 2.10 or newer, found 2.9.1" in result.stderr
+    assert "run: pip install 'torch>=2.10'" in result.stderr
+
+
+def test_the_least_torch_is_the_declared_one():
+    import mallowspo
+
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = f"torch>={mallowspo.MINIMUM_TORCH}"
+    assert wanted in declared["project"]["dependencies"] and wanted in declared["build-system"]["requires"]
+
+
+def test_what_is_imported_is_declared():
+    """By the trainer and below; integrations and extras are imported where they are asked for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
+    imported = set()
+    for path in (ROOT / "python" / "mallowspo").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+    assert imported - sys.stdlib_module_names - {"mallowspo"} == declared
+
+
+@pytest.mark.parametrize("kind", ["No module named 'torch'", "libtorch.so: cannot open"])
+def test_a_torch_that_does_not_import_is_refused_with_its_own_words(tmp_path, kind):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(f'raise ImportError("{kind}")')
+    message = refusal(configure(tmp_path / "build", PYTHONPATH=str(tmp_path), MALLOWSPO_CUDA="0"))
+    assert "cannot import torch; run: pip install 'torch>=2.10'" in message and f"ImportError: {kind}" in message
+
+
+def test_a_release_candidate_is_reported_as_one(tmp_path):
+    for name in ("CMakeLists.txt", "csrc"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    project = re.sub(r'(?m)^version = ".*"$', 'version = "0.2.0rc1"', (ROOT / "pyproject.toml").read_text())
+    (tmp_path / "pyproject.toml").write_text(project)
+    result = configure(tmp_path / "build", tmp_path, MALLOWSPO_CUDA="0")
+    assert "-- mallowspo 0.2.0rc1: torch" in result.stdout, result.stderr
+    assert 'MALLOWSPO_VERSION=\\\\\\"0.2.0rc1' in (tmp_path / "build" / "compile_commands.json").read_text()
+
+
+def test_a_package_without_its_extension_says_so(tmp_path):
+    shutil.copytree(ROOT / "python", tmp_path / "python", ignore=shutil.ignore_patterns("*.so", "*.dylib"))
+    result = run([sys.executable, "-c", "import mallowspo"], PYTHONPATH=str(tmp_path / "python"))
+    assert result.returncode != 0
+    assert "ImportError: the native extension of mallowspo is not built; run: pip install ." in result.stderr
+
+
+def test_dir_lists_the_lazy_exports():
+    import mallowspo
+
+    assert {*mallowspo.__all__, "MallowsTrainer", "preset"} <= {*dir(mallowspo)}
+    assert all(getattr(mallowspo, name) is not None for name in dir(mallowspo))
 
 
 def test_a_source_distribution_has_all_that_the_build_needs(tmp_path, monkeypatch):

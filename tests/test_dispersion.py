@@ -32,12 +32,20 @@ def test_theta_link_returns_the_agreement(share, link):
     assert a > 0 or share < 0.5 + 1e-15
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.5, 1.0])
 @given(SHARES)
-def test_phi_link_returns_the_agreement(share):
+def test_phi_link_returns_the_agreement(smoothing, share):
     (a,) = agreement_to_neg_log_dispersion([share], "mallows-phi")
     one = torch.ones(1, dtype=torch.float64)
-    assert F.mallows_log_prob(one, torch.tensor([a])).exp().item() == pytest.approx(share, rel=1e-12)
-    assert np.exp(reference.mallows_log_prob(1.0, a)[0]) == pytest.approx(share, rel=1e-12)
+    found = F.mallows_log_prob(one, torch.tensor([a]), smoothing=smoothing).exp().item()
+    assert found == pytest.approx(share, rel=1e-12)
+    assert np.exp(reference.mallows_log_prob(1.0, a, smoothing)[0]) == pytest.approx(share, rel=1e-12)
+
+
+@given(st.floats(0.55, AGREEMENT_CEILING), st.floats(1.01, 5.0))
+def test_phi_link_smoothed_further_would_not(share, smoothing):
+    (a,) = agreement_to_neg_log_dispersion([share], "mallows-phi")
+    assert np.exp(reference.mallows_log_prob(1.0, a, smoothing)[0]) < share
 
 
 @pytest.mark.parametrize("link", sorted(F.MALLOWS_LINKS))
@@ -203,6 +211,25 @@ def test_log_odds_that_cannot_be_a_dispersion():
 def test_calibrated_scale_makes_the_mean_factor_one(values):
     assert np.mean(2 * calibrated_scale(values) * np.array(values)) == pytest.approx(1, rel=1e-12)
     assert calibrated_scale(torch.tensor(values, dtype=torch.float64)) == calibrated_scale(values)
+
+
+def slope_at_0(link, **options):
+    """Of the loss in the margin, where 2a = 1."""
+    one, a = torch.zeros(1, dtype=torch.float64), torch.full((1,), 0.5, dtype=torch.float64)
+    chosen = one.clone().requires_grad_()
+    dispersion = a if link in F.MALLOWS_LINKS else None
+    losses = F.preference_loss(chosen, one, link=link, beta=1.0, neg_log_dispersion=dispersion, **options).losses
+    return torch.autograd.grad(losses.sum(), chosen)[0].item()
+
+
+def test_what_beta_means_at_the_calibrated_scale():
+    """For theta what it means in DPO, for a plug-in what it means in its host; not for phi."""
+    assert slope_at_0("mallows-theta") == slope_at_0("bradley-terry") == -0.5
+    for link in sorted(F.MALLOWS_LINKS - {"mallows-theta", "mallows-phi"}):
+        options = {"label_smoothing": 1e-3} if link == "mallows-exo" else {}
+        host = slope_at_0(link.removeprefix("mallows-"), **options)
+        assert slope_at_0(link, **options) == host != 0
+    assert slope_at_0("mallows-phi") == pytest.approx(-0.28872, abs=1e-5)
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [np.nan, 1.0], [np.inf, 1.0]])

@@ -304,6 +304,12 @@ def test_columns_that_are_missing_or_wrong(tmp_path):
             ours(tmp_path, data=data, eval_data=data).train()
 
 
+def test_an_agreement_that_the_smoothed_link_would_not_return_is_refused(tmp_path):
+    data = tiny_pairs(2, agreement=[0.6, 0.7])
+    with pytest.raises(ValueError, match="smoothing=2.0 changes the mallows-phi link.*set smoothing to 1 or less"):
+        ours(tmp_path, data=data, loss_type=["mallows-phi"], smoothing=2.0)
+
+
 def test_the_config_of_trl_is_refused(tmp_path):
     with pytest.raises(TypeError, match="must be a mallowspo.integrations.trl.DPOConfig, got trl.*DPOConfig"):
         trainer_of(DPOTrainer, trl.DPOConfig, tmp_path)

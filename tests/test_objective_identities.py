@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_objective import ELSEWHERE, B, batch, call
 
-from mallowspo.objective import preset, presets
+from mallowspo import reference
+from mallowspo.choices import EXO_LINKS, MARGIN_LINKS
+from mallowspo.objective import PreferenceObjective, preset, presets
 
 
 def values_and_gradients(objective, *arguments):
@@ -75,12 +77,49 @@ def test_focal_at_0_is_its_host(seed, host, gamma):
     assert_same(preset(host, focal_gamma=gamma), preset(host), batch(seed), rtol=1e-7)
 
 
+@pytest.mark.parametrize("link", sorted(MARGIN_LINKS - {*EXO_LINKS}))
+@settings(max_examples=20)
+@given(seeds, st.floats(0.02, 0.5), st.floats(0.01, 0.4))
+def test_robust_loss_is_the_clean_one_on_average(link, seed, beta, share):
+    """Labels that are flipped at random, each with the assumed probability."""
+    logps, num_tokens, ref_logps, a = batch(seed)
+    robust = PreferenceObjective(link=link, beta=beta, label_smoothing=share, robust=True)
+    kept, flipped = (
+        call(robust, logps.roll(shift), num_tokens.roll(shift), ref_logps.roll(shift), a).losses for shift in (0, B)
+    )
+    clean = call(dataclasses.replace(robust, label_smoothing=0.0, robust=False), logps, num_tokens, ref_logps, a)
+    size = kept.abs() + flipped.abs() + clean.losses.abs()
+    assert ((1 - share) * kept + share * flipped - clean.losses).abs().le(1e-12 * size).all()
+
+
+def test_robust_loss_with_a_target_margin_is_refused():
+    for link in sorted(MARGIN_LINKS - {*EXO_LINKS}):
+        with pytest.raises(ValueError, match="robust=True with gamma=1.0 is not unbiased"):
+            PreferenceObjective(link=link, gamma=1.0, label_smoothing=0.2, robust=True)
+    with pytest.raises(ValueError, match="robust=True with gamma"):
+        preset("simpo+robust-dpo")
+    options = {"link": "bradley-terry", "beta": 2.0, "gamma": 1.0}
+    robust = options | {"label_smoothing": 0.2, "robust": True}
+    kept, flipped = (reference.preference_loss(*logps, **robust).loss for logps in ((-1, -2), (-2, -1)))
+    assert 0.8 * kept + 0.2 * flipped == pytest.approx(0.7937, abs=1e-4)  # what the formula would give
+    assert reference.preference_loss(-1, -2, **options).loss == pytest.approx(0.3133, abs=1e-4)
+
+
 def test_limits_are_dpo():
     assert_same(preset("focal", focal_gamma=0.0), preset("dpo"))
     assert_same(preset("mallows-theta+focal", focal_gamma=0.0), preset("mallows-theta"))
     assert_same(preset("alpha", divergence_alpha=1.0), preset("dpo"))
     assert_same(preset("alpha", divergence_alpha=0.0), preset("forward-kl"))
     assert_same(preset("ln-dpo", token_weights="uniform", beta=0.1), preset("dpo"))
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 0.9])
+def test_the_alpha_of_f_dpo_s_paper(alpha):
+    """f'(u) = (1 - u^-alpha) / alpha of both ratios u = pi / ref."""
+    logps, num_tokens, ref_logps, _ = batch()
+    chosen, rejected = ((1 - (ref_logps - logps).mul(alpha).exp()) / alpha).chunk(2)
+    found = preset("alpha", divergence_alpha=1 - alpha)(logps, num_tokens, ref_logps).losses
+    torch.testing.assert_close(found, -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)))
 
 
 def test_minor_dpo_is_dpo_where_the_policy_favours_the_rejected_response():

@@ -194,10 +194,6 @@ def test_the_command_prints_the_tables(tmp_path, capsys):
     assert capsys.readouterr().out == sizing.report(model, sizing.Batch(1, 3, 5), [2], 2) + "\n"
 
 
-def test_the_budget_is_that_of_a_gpu():
-    assert sizing.BUDGET == MEMORY_BUDGET["cuda"]
-
-
 def test_llama_3_8b_has_the_parameters_of_its_model_card():
     assert sizing.Model().sizes()[0] == 8_030_261_248
 

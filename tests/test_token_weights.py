@@ -321,6 +321,12 @@ def test_impossible_fields(fields, message):
         PreferenceObjective(**fields)
 
 
+@pytest.mark.parametrize("field", ["token_decay", "ld_alpha", "bridge_delta", "sft_weight"])
+def test_what_is_no_number(field):
+    with pytest.raises(TypeError, match=f"{field} must be a number, got '0.5'"):
+        PreferenceObjective(**{field: "0.5"})
+
+
 def test_what_a_batch_lacks():
     policy = stats(POLICY, NUM_TOKENS)
     for name, column, message in (

@@ -255,6 +255,9 @@ def test_several_gpus_in_one_process(tmp_path, monkeypatch):
 
 BAD_ARGUMENTS = [
     ({"args": "mine"}, TypeError, "args must be a MallowsConfig, got str"),
+    ({"model": None}, TypeError, "a model must be a PreTrainedModel, .* name or folder of one, got None"),
+    ({"model": 123}, TypeError, "a model must be .*, got 123"),
+    ({"ref_model": 123}, TypeError, "a model must be .*, got 123"),
     ({"train_dataset": None}, ValueError, "train_dataset is missing"),
     ({"train_dataset": [{"prompt": "a"}]}, TypeError, "datasets.Dataset.*got list"),
     ({"train_dataset": tiny_pairs(1).select([])}, ValueError, "empty"),

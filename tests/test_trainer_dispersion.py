@@ -92,10 +92,20 @@ def test_a_data_set_without_the_column_is_refused(tmp_path):
     data = tiny_pairs(6, agreement=AGREEMENT)
     with pytest.raises(ValueError, match="train data set lacks the column 'neg_log_dispersion'"):
         tiny_trainer(tmp_path, train_dataset=data, dispersion_source="neg_log_dispersion")
-    with pytest.raises(ValueError, match="eval held out data set lacks the column 'agreement'"):
+    with pytest.raises(ValueError, match="^the eval data set lacks the column 'agreement', the .* 'mallows-theta'"):
+        tiny_trainer(tmp_path, train_dataset=data, eval_dataset=tiny_pairs(2))
+    with pytest.raises(ValueError, match="^the eval held out data set lacks the column 'agreement'"):
         tiny_trainer(tmp_path, train_dataset=data, eval_dataset={"held out": tiny_pairs(2)})
     with pytest.raises(ValueError, match="new data set lacks the column 'agreement'"):
         tiny_trainer(tmp_path, train_dataset=data).score(tiny_pairs(2))
+
+
+def test_an_agreement_that_the_smoothed_link_would_not_return_is_refused(tmp_path):
+    options = {"train_dataset": tiny_pairs(6, agreement=AGREEMENT), "loss_type": "mallows-phi"}
+    with pytest.raises(ValueError, match="smoothing=2.0 changes the mallows-phi link.*set smoothing to 1 or less"):
+        tiny_trainer(tmp_path, smoothing=2.0, **options)
+    tiny_trainer(tmp_path, smoothing=2.0, dispersion_source="entropy", **options)
+    tiny_trainer(tmp_path, smoothing=0.5, **options)
 
 
 @pytest.mark.parametrize("value, error", [(-0.1, "row 1"), (math.inf, "row 1"), (math.nan, "row 1")])

@@ -8,17 +8,17 @@ import importlib
 
 import torch
 
-MINIMUM_TORCH = (2, 10)
+MINIMUM_TORCH = "2.10"
 
 # Checked before the extension is loaded: an older torch lacks symbols and would fail with a linker's message.
 if torch.__version__ < MINIMUM_TORCH:
     raise ImportError(
-        f"mallowspo needs torch {'.'.join(map(str, MINIMUM_TORCH))} or newer, found {torch.__version__}; "
-        "run: pip install 'torch>=2.10'"
+        f"mallowspo needs torch {MINIMUM_TORCH} or newer, found {torch.__version__}; "
+        f"run: pip install 'torch>={MINIMUM_TORCH}'"
     )
 
 try:
-    from mallowspo import _C
+    import mallowspo._C as _C  # `from mallowspo import _C` would name a circular import instead
 except ModuleNotFoundError as error:
     raise ImportError("the native extension of mallowspo is not built; run: pip install .") from error
 
@@ -43,3 +43,7 @@ def __getattr__(name):
     if name in _EXPORTS:
         return getattr(importlib.import_module(f"mallowspo.{_EXPORTS[name]}"), name)
     raise AttributeError(f"module 'mallowspo' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

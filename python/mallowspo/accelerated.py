@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from mallowspo.choices import check_number
 from mallowspo.data import REFERENCE_COLUMNS, TOKEN_REFERENCE_COLUMNS
 from mallowspo.modeling import check_apart, load_model, unprepared
 from mallowspo.trainer import MallowsTrainer
@@ -31,11 +32,16 @@ def extrapolated(current, previous, alpha):
         alpha: in [0, 1).
 
     Raises:
-        ValueError: alpha outside [0, 1).
+        TypeError: alpha is no number. ValueError: alpha outside [0, 1).
     """
+    _check_alpha(alpha)
+    return current + alpha * (current - previous)
+
+
+def _check_alpha(alpha):
+    check_number("alpha", alpha)
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha must be in [0, 1), got {alpha}; 0 is iterative preference optimisation")
-    return current + alpha * (current - previous)
 
 
 @torch.no_grad()
@@ -68,7 +74,7 @@ class AcceleratedTrainer(MallowsTrainer):
     """
 
     def __init__(self, model, ref_model, previous_model=None, *, alpha, args, **kwargs):
-        extrapolated(0.0, 0.0, alpha)
+        _check_alpha(alpha)
         if isinstance(ref_model, list | tuple):
             raise ValueError("ref_model must be one model, the result of the round before; a mixture has no round")
         if args.objective().reference_free:

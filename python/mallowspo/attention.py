@@ -30,7 +30,7 @@ class NoSegments(RuntimeError):
 def _attention(module, query, key, value, attention_mask, segments=None, masks=None, **kwargs):
     """SDPA of each sequence of a packed batch [1, heads, T, head size]; of any other batch as it was meant."""
     if segments is None:
-        if attention_mask is not None and attention_mask.dtype == torch.int64:  # that of packed_inputs
+        if _is_unread(attention_mask):
             raise NoSegments(type(module).__name__)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     # The first response follows its prompt, so the two are an ordinary causal sequence.
@@ -77,7 +77,13 @@ def packed_inputs(config, input_ids, segments):
     if config._attn_implementation == "flex_attention":
         return {"attention_mask": block_mask(segments, input_ids.device)}
     # A mask of four dimensions is handed to the layers as it is: none is built, and none is read.
-    return {"attention_mask": input_ids.new_ones(1, 1, 1, 1), "segments": segments, "masks": _Masks()}
+    unread = input_ids.new_ones(1, 1, 1, 1, dtype=torch.int64)
+    return {"attention_mask": unread, "segments": segments, "masks": _Masks()}
+
+
+def _is_unread(mask):
+    """Whether a mask is that of :func:`packed_inputs`: the ones that are read hold booleans or floats."""
+    return mask is not None and mask.dtype == torch.int64
 
 
 def block_mask(segments, device):

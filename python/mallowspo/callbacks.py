@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback, is_deepspeed_zero3_enabled
 
+from mallowspo.data import evaluation_sets
 from mallowspo.files import write_whole
 from mallowspo.model_card import markdown_table
 from mallowspo.modeling import evaluating
@@ -26,7 +27,8 @@ class GenerationSamples(TrainerCallback):
         trainer.add_callback(GenerationSamples(trainer, num_prompts=4))
 
     Args:
-        trainer: the MallowsTrainer it is added to; its evaluation sets give the prompts.
+        trainer: the MallowsTrainer it is added to; its evaluation sets, as its ``_prepared`` gives them, have the
+            prompts.
         num_prompts: the first so many different prompts of each evaluation set that are not empty and leave the model
             room to answer.
         max_new_tokens: longest continuation, in tokens.
@@ -46,8 +48,8 @@ class GenerationSamples(TrainerCallback):
                 "generation needs the whole weights on one rank, which FSDP and ZeRO-3 split; leave it out"
             )
         self.trainer, self.max_new_tokens = trainer, max_new_tokens
-        sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
-        self._prompts = [ids for data in sets.values() for ids in self._first_prompts(data, num_prompts)]
+        sets = evaluation_sets(trainer.eval_dataset).values()
+        self._prompts = [ids for data in sets for ids in self._first_prompts(data, num_prompts)]
         if not self._prompts:
             raise ValueError(
                 f"no held-out prompt leaves the model room for {max_new_tokens} tokens; lower max_new_tokens"

@@ -4,6 +4,7 @@
 """
 
 import math
+from numbers import Real
 
 from mallowspo import _C
 
@@ -56,17 +57,18 @@ def operator_settings(
     """The choices as the operator takes them.
 
     Raises:
+        TypeError: what is no number.
         ValueError: a choice that does not exist, a number out of its range, or two choices that cannot both be.
     """
     check_choice("link", link, LINKS)
     check_choice("divergence", divergence, DIVERGENCES)
     check_positive("beta", beta)
     check_finite("gamma", gamma)
+    check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
     check_smoothing(smoothing)
-    if not 0 <= focal_gamma < math.inf:
-        raise ValueError(f"focal_gamma must be finite and >= 0, got {focal_gamma}")
+    check_not_negative("focal_gamma", focal_gamma)
     check_finite("divergence_alpha", divergence_alpha)
     check_positive("discopop_tau", discopop_tau)
 
@@ -84,6 +86,11 @@ def operator_settings(
         if value and label_smoothing:
             what = f"target of {link!r}," if link in EXO_LINKS else "flipped pair of"
             raise ValueError(f"{name}={value!r} has no meaning for the {what} label_smoothing; leave it out")
+    if robust and gamma:
+        raise ValueError(
+            f"robust=True with gamma={gamma!r} is not unbiased: the flipped pair's margin is -beta h - gamma, and the "
+            "correction takes it for -z; leave one of them out"
+        )
     if link in EXO_LINKS and (robust or not label_smoothing):
         raise ValueError(
             f"the link {link!r} reads label_smoothing as the rejected response's target probability: "
@@ -110,16 +117,29 @@ def check_choice(name, value, choices):
         raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
 
 
+def check_number(name, value):
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def check_positive(name, value):
+    check_number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be finite and positive, got {value}")
 
 
+def check_not_negative(name, value, hint=""):
+    """hint: what a special value means, for the message."""
+    check_number(name, value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0{hint and f' ({hint})'}, got {value}")
+
+
 def check_finite(name, value):
+    check_number(name, value)
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
 def check_smoothing(smoothing):
-    if not 0 <= smoothing < math.inf:
-        raise ValueError(f"smoothing must be finite and >= 0 (0: the raw function), got {smoothing}")
+    check_not_negative("smoothing", smoothing, "0: the raw function")

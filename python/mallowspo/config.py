@@ -11,9 +11,10 @@ from mallowspo.objective import PreferenceObjective, preset, presets
 
 @dataclass
 class ObjectiveArguments:
-    """The fields of a PreferenceObjective that a config overrides, each with its name there; None keeps the preset's.
+    """The fields of a PreferenceObjective that the arguments of every trainer override; None keeps the preset's.
 
-    A base of the dataclasses of arguments, ours and the integrations', which document them.
+    A base of the dataclasses of arguments, ours and the integrations', which document them. MallowsConfig has more:
+    those that weigh tokens or mix references. ``objective`` reads every field that has the name of one there.
     """
 
     beta: float | None = field(default=None, metadata={"help": "Scale of the margin; None: the preset's."})

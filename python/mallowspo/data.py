@@ -118,6 +118,13 @@ def tokenize_pairs(
     return tokenized.select([row for row, reason in enumerate(reasons) if not reason])
 
 
+def evaluation_sets(eval_dataset: Any) -> dict[str, Any]:
+    """The evaluation sets of a trainer, which takes one, a dict of several or None, each with its name in messages."""
+    if isinstance(eval_dataset, dict):
+        return {f"eval {name}": dataset for name, dataset in eval_dataset.items() if dataset is not None}
+    return {} if eval_dataset is None else {"eval": eval_dataset}
+
+
 def _checked_columns(dataset: Dataset, is_transformed: bool) -> list[str]:
     """The columns of `dataset` that are read; raises where it is no data set of pairs."""
     if isinstance(dataset, IterableDataset):

@@ -23,20 +23,49 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from mallowspo import functional as F
 from mallowspo.collator import pad
+from mallowspo.data import PAIR_COLUMNS
 from mallowspo.files import write_whole
 from mallowspo.modeling import attach_token_stats, evaluating, sequence_stats
 from mallowspo.sharded import gathered
 
 # An agreement of 1 would mean a = infinity; a panel cannot tell more than this anyway.
 AGREEMENT_CEILING = 0.99
-SOURCES = ("neg_log_dispersion", "agreement", "entropy")
+SOURCES = (*PAIR_COLUMNS, "entropy")
+
+
+def chosen_source(args, objective, columns):
+    """Which of SOURCES the dispersion of an objective comes from: args.dispersion_source, or None and the columns say.
+
+    Args:
+        args: with ``dispersion_source``. objective: a ``PreferenceObjective`` that uses a dispersion.
+        columns: the names of the training set's columns.
+
+    Raises:
+        ValueError: a choice that is open, or an agreement that the link as it is smoothed does not return.
+    """
+    found = [name for name in PAIR_COLUMNS if name in columns]
+    if args.dispersion_source is None and len(found) > 1:
+        raise ValueError(f"the data has both {found[0]!r} and {found[1]!r}; choose one by dispersion_source")
+    source = args.dispersion_source or (found[0] if found else "entropy")
+    if source == "agreement" and objective.link == "mallows-phi" and objective.smoothing > 1:
+        raise ValueError(
+            f"smoothing={objective.smoothing} changes the mallows-phi link at a margin of 1, where an agreement is "
+            "read off it: set smoothing to 1 or less, or give a column neg_log_dispersion"
+        )
+    return source
+
+
+def check_column(source, columns, data, link):
+    """ValueError where a data set, named as ``data``, lacks the column that the dispersion comes from."""
+    if source in PAIR_COLUMNS and source not in columns:
+        raise ValueError(f"{data} lacks the column {source!r}, the dispersion of {link!r}")
 
 
 def agreement_to_neg_log_dispersion(agreement, link):
     """a such that the link gives the observed agreement to a pair one rank apart.
 
     theta (and the plug-ins into ipo and hinge, which have no probability of their own): s = sigmoid(2a), so
-    a = logit(s) / 2. phi: s = g(1) = 1 / (1 + phi), so a = logit(s).
+    a = logit(s) / 2. phi: s = g(1) = 1 / (1 + phi), so a = logit(s); a smoothing above 1 would change g(1).
 
     Args:
         agreement: [B] floats in (0.5, 1]; above AGREEMENT_CEILING they count as that.
@@ -45,12 +74,18 @@ def agreement_to_neg_log_dispersion(agreement, link):
     Returns:
         [B] float64 array. Raises ValueError for a value outside (0.5, 1] or a link without dispersion.
     """
-    agreement = np.asarray(agreement, dtype=np.float64)
-    bad = ~((agreement > 0.5) & (agreement <= 1))
-    if bad.any():
-        raise ValueError(f"agreement must be in (0.5, 1], got {agreement[bad][0]} at index {int(np.argmax(bad))}")
-    share = np.minimum(agreement, AGREEMENT_CEILING)
+    share = _shares(agreement, with_half=False)
     return log_odds_to_neg_log_dispersion(np.log(share) - np.log1p(-share), link)
+
+
+def _shares(agreement, with_half):
+    """Agreements as float64, none above the ceiling; ValueError for one out of range."""
+    agreement = np.asarray(agreement, dtype=np.float64)
+    bad = ~(((agreement >= 0.5) if with_half else (agreement > 0.5)) & (agreement <= 1))
+    if bad.any():
+        legal = f"{'[' if with_half else '('}0.5, 1]"
+        raise ValueError(f"agreement must be in {legal}, got {agreement[bad][0]} at index {int(np.argmax(bad))}")
+    return np.minimum(agreement, AGREEMENT_CEILING)
 
 
 @torch.no_grad()
@@ -154,13 +189,9 @@ def fit_log_odds(log_odds, agreement):
         (offset, slope) floats, for :func:`log_odds_to_neg_log_dispersion`. Raises ValueError for a value out of range,
         no pairs or columns of different lengths.
     """
-    size, agreement = _finite_size(log_odds), np.asarray(agreement, dtype=np.float64)
-    if size.shape != agreement.shape or not size.size:
-        raise ValueError(f"one agreement for each log-odds is needed, got shapes {agreement.shape} and {size.shape}")
-    bad = ~((agreement >= 0.5) & (agreement <= 1))
-    if bad.any():
-        raise ValueError(f"agreement must be in [0.5, 1], got {agreement[bad][0]} at index {int(np.argmax(bad))}")
-    share = np.minimum(agreement, AGREEMENT_CEILING)
+    size, share = _finite_size(log_odds), _shares(agreement, with_half=True)
+    if size.shape != share.shape or not size.size:
+        raise ValueError(f"one agreement for each log-odds is needed, got shapes {share.shape} and {size.shape}")
     level, spread = share.mean(), size.std()
     if spread > 0:
         centred, target = torch.as_tensor((size - size.mean()) / spread), torch.as_tensor(share)
@@ -189,7 +220,10 @@ def _finite_size(log_odds):
 
 
 def calibrated_scale(neg_log_dispersion):
-    """The scale at which the theta factor 2a has mean 1 over the training set; beta then means what it does in DPO.
+    """The scale at which the factor 2a has mean 1 over the training set.
+
+    beta then means what it does in DPO for mallows-theta, and for a plug-in what it does in its host. Not so for
+    mallows-phi: with smoothing 1 its loss has the slope -0.29 at a margin of 0 and a = 1/2, where DPO's has -0.5.
 
     Args:
         neg_log_dispersion: [B] unscaled values, an array or a tensor. Raises ValueError where all are zero, or one is

@@ -26,12 +26,15 @@ def report():
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             facts[f"cuda:{index}"] = torch.cuda.get_device_name(index)
-    for package in _PACKAGES:
-        try:
-            facts[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            facts[package] = "not installed"
-    return facts
+    return facts | {package: installed(package) or "not installed" for package in _PACKAGES}
+
+
+def installed(package):
+    """The version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 if __name__ == "__main__":

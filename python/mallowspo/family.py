@@ -59,7 +59,8 @@ FAMILY = {
         "Provably Robust DPO, arXiv 2403.00409",
         certainty=PEER + "; the share 0.1 is an example",
         formula="[-(1 - label_smoothing) log sigmoid(z) + label_smoothing log sigmoid(-z)] / (1 - 2 label_smoothing)",
-        when="A known share of the labels is flipped at random: the loss is unbiased for the clean one.",
+        when="A known share of the labels is flipped at random: the loss is unbiased for the clean one. gamma must be "
+        "0, so that -z is the flipped pair's margin.",
         fields={"label_smoothing": 0.1, "robust": True},
     ),
     "ipo": Method(
@@ -265,7 +266,8 @@ FAMILY = {
         certainty=PEER,
         formula="the host's at the margin beta [s(y_w) - s(y_l)] - gamma, s = (e^((A - 1) r) - 1) / (A - 1), "
         "A = divergence_alpha",
-        when="A path from the forward KL (A = 0) to DPO's reverse KL (A = 1).",
+        when="A path from the forward KL (A = 0) to DPO's reverse KL (A = 1). A is 1 - alpha in the paper's "
+        "f'(u) = (1 - u^-alpha) / alpha.",
         fields={"divergence": "alpha"},
     ),
     "aot": Method(

@@ -9,22 +9,30 @@ infinite or NaN raises ValueError; on CUDA, where naming the value would stop th
 and such a dispersion makes its own pair NaN.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 
-from mallowspo.autograd import MallowsLogProbFunction, PreferenceLossFunction, TokenStatsFunction, accumulator_dtype
-from mallowspo.checks import DTYPES, check_alike, check_same_device, check_same_dtype, check_tensor, may_overlap
-from mallowspo.checks import HAS_CUDA_KERNELS as HAS_CUDA_KERNELS
-from mallowspo.choices import LINKS as LINKS
-from mallowspo.choices import MALLOWS_LINKS, check_positive, check_smoothing, operator_settings
+from mallowspo.autograd import MallowsLogProbFunction, PreferenceLossFunction, TokenStatsFunction
+from mallowspo.checks import (
+    DTYPES,
+    HAS_CUDA_KERNELS,
+    check_alike,
+    check_same_device,
+    check_same_dtype,
+    check_tensor,
+    may_overlap,
+)
+from mallowspo.choices import LINKS, MALLOWS_LINKS, check_positive, check_smoothing, operator_settings
+from mallowspo.entropy import ENTROPY_CLAMP, neg_log_dispersion, normalised_entropy
 from mallowspo.linear import LinearTokenStatsFunction
-from mallowspo.mixture import mixed_reference_logps  # noqa: F401
-from mallowspo.token_weights import pair_draws, token_weights  # noqa: F401
+from mallowspo.mixture import mixed_reference_logps
+from mallowspo.token_weights import pair_draws, token_weights
 
-# Normalised entropies are kept this far from 0 and 1, where -log is infinite and zero: a <= 13.8 times the scale.
-ENTROPY_CLAMP = 1e-6
+__all__ = ["TokenStats", "token_stats", "linear_token_stats", "pair_draws", "token_weights"]
+__all__ += ["PreferenceLoss", "preference_loss", "diffusion_preference_loss", "mallows_log_prob"]
+__all__ += ["normalised_entropy", "neg_log_dispersion", "mixed_reference_logps"]
+__all__ += ["DTYPES", "ENTROPY_CLAMP", "HAS_CUDA_KERNELS", "LINKS", "MALLOWS_LINKS", "MEMORY_BUDGET"]
 
 # Bytes that linear_token_stats works in. A GPU needs larger products to be busy: beside a head of 128k x 4096 in
 # bfloat16, 64 MiB leave tiles of a few hundred columns.
@@ -50,7 +58,8 @@ def token_stats(logits, labels, *, ignore_index=-100, temperature=1.0, inplace_b
     """Log-probability of the labels and entropy of the softmax, in one pass over the logits.
 
     Args:
-        logits: [..., V], float32, float64, bfloat16 or float16; any strides in the leading dimensions cost no copy.
+        logits: [..., V], float32, float64, bfloat16 or float16, at most 9 dimensions; any strides in the leading ones
+            cost no copy.
             A logit of -inf is a token of probability 0. A NaN, a +inf or a row of -inf makes that row NaN.
         labels: [...], int64.
         ignore_index: label of the rows to leave out; their results and gradients are 0.
@@ -64,7 +73,7 @@ def token_stats(logits, labels, *, ignore_index=-100, temperature=1.0, inplace_b
         TokenStats(logps, entropy), both [...], float32 (float64 for float64 logits), each differentiable alone.
 
     Raises:
-        TypeError: a dtype that is not listed.
+        TypeError: a dtype that is not listed, a temperature that is no number.
         ValueError: shapes or devices that disagree, an empty vocabulary, a temperature that is not positive,
             inplace_backward for logits whose vocabulary is not contiguous or that share memory among themselves.
         IndexError: a label outside [0, V) that is not ignore_index (CPU).
@@ -73,6 +82,10 @@ def token_stats(logits, labels, *, ignore_index=-100, temperature=1.0, inplace_b
     check_tensor("labels", labels, (torch.int64,))
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be [..., V] with V >= 1, got shape {list(logits.shape)}")
+    if logits.dim() > 9:
+        raise ValueError(
+            f"logits may have 9 dimensions, got {logits.dim()}; flatten the leading ones, of the labels too"
+        )
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"labels must have the shape of logits without the vocabulary, {list(logits.shape[:-1])}, "
@@ -183,37 +196,6 @@ def linear_token_stats(
     return TokenStats(*(stat.reshape(labels.shape) for stat in flat))
 
 
-def neg_log_dispersion(chosen_entropy, rejected_entropy, num_outcomes, *, scale=1.0):
-    """The paper's estimate of -log phi(x) from the reference model's entropies.
-
-    a = -scale * log(Hbar), Hbar = (chosen_entropy + rejected_entropy) / (2 log num_outcomes), clamped to
-    [ENTROPY_CLAMP, 1 - ENTROPY_CLAMP]. MallowsPO, arXiv 2405.14953, section on the dispersion index, in the form of
-    the authors' code.
-
-    Args:
-        chosen_entropy, rejected_entropy: [B], mean entropy in nats over the completion tokens of each response (for a
-            bandit: the entropy of the policy, twice).
-        num_outcomes: what the entropy ranges over: the vocabulary size, or a bandit's number of responses; >= 2.
-        scale: the paper's phi_star, > 0.
-
-    Returns:
-        [B], float32 (float64 for float64 entropies), > 0: large where the reference is sure, small where it is not.
-
-    Raises:
-        TypeError, ValueError: as :func:`token_stats`; num_outcomes below 2; scale not positive.
-    """
-    check_tensor("chosen_entropy", chosen_entropy, DTYPES)
-    check_tensor("rejected_entropy", rejected_entropy, DTYPES)
-    check_alike(chosen_entropy=chosen_entropy, rejected_entropy=rejected_entropy)
-    if not num_outcomes >= 2:
-        raise ValueError(f"num_outcomes must be at least 2, got {num_outcomes}")
-    check_positive("scale", scale)
-    # Half precision cannot hold the upper clamp: 1 - 1e-6 would round to 1 and the dispersion to 0.
-    dtype = accumulator_dtype(chosen_entropy.dtype)
-    share = (chosen_entropy.to(dtype) + rejected_entropy.to(dtype)) / (2 * math.log(num_outcomes))
-    return -scale * torch.log(share.clamp(ENTROPY_CLAMP, 1 - ENTROPY_CLAMP))
-
-
 def mallows_log_prob(margin, neg_log_dispersion, *, smoothing=1.0):
     """log g(z; a): the Mallows model's log-probability, under Kendall's distance, that the first response wins.
 
@@ -300,13 +282,15 @@ def preference_loss(
         beta: > 0, scale of the margin. gamma: target margin subtracted from it.
         label_smoothing: in [0, 1/2), the assumed share of flipped labels.
         robust: divide out the smoothing's bias instead: (-(1 - e) ll(z) + e ll(-z)) / (1 - 2 e) (arXiv 2403.00409).
+            Unbiased where -z is the flipped pair's margin, so gamma must be 0.
         smoothing: see :func:`mallows_log_prob`; read by ``mallows-phi`` alone.
         focal_gamma: >= 0, FocalPO: the loss is -p^focal_gamma log p, p the probability that the link gives; the power
             is differentiated, so the gradient turns where log p < -1 / focal_gamma (arXiv 2501.06645).
         clip_rejected: MinorDPO: r_l counts only where it is positive (arXiv 2408.09834).
         divergence: what regularises: "reverse-kl" (DPO), "forward-kl", "js" or "alpha". r_w and r_l become s(r), with
             s(r) = 1 - e^-r; log 2 + log sigmoid(r); (e^((A - 1) r) - 1) / (A - 1), A = divergence_alpha, constant
-            where (A - 1) r > 80 (f-DPO, arXiv 2309.16240).
+            where (A - 1) r > 80 (f-DPO, arXiv 2309.16240, whose alpha is 1 - A: f'(u) = (1 - u^-alpha) / alpha; TRL's
+            f_alpha_divergence_coef is A).
         discopop_tau: > 0, read by the discopop links alone.
 
     Returns:

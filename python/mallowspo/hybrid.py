@@ -17,6 +17,7 @@ from torch import nn
 
 from mallowspo.advantage import MAX_EXPONENT, advantage_weights, expectile_loss
 from mallowspo.checks import check_alike
+from mallowspo.choices import check_not_negative
 from mallowspo.trainer import MallowsTrainer
 
 REWARD_COLUMNS = ("chosen_reward", "rejected_reward")
@@ -44,8 +45,7 @@ def hybrid_loss(losses, logps, rewards, values, *, kappa, temperature, max_expon
     check_alike(logps=logps, rewards=rewards, values=values)
     if logps.dim() != 1 or len(logps) != 2 * len(losses):
         raise ValueError(f"logps must be [2B] beside losses [B], got {list(logps.shape)} and {list(losses.shape)}")
-    if not 0 <= kappa < float("inf"):
-        raise ValueError(f"kappa must be finite and >= 0, got {kappa}")
+    check_not_negative("kappa", kappa)
     weights = advantage_weights(rewards - values, temperature=temperature, max_exponent=max_exponent)
     if kappa == 0:  # a response that is impossible, 0 * inf, would make it NaN
         return losses

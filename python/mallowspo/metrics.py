@@ -1,8 +1,8 @@
 """What a trainer logs of preference pairs, and the means of it over all ranks."""
 
-import math
-
 import torch
+
+from mallowspo import functional as F
 
 
 def pair_metrics(loss, policy, reference, dispersion, num_tokens, vocabulary):
@@ -32,7 +32,7 @@ def pair_metrics(loss, policy, reference, dispersion, num_tokens, vocabulary):
     if dispersion is not None:
         values["dispersion/neg_log_mean"] = dispersion
         if vocabulary is not None:
-            values["dispersion/entropy"] = sum(reference.entropy.chunk(2)) / (2 * math.log(vocabulary))
+            values["dispersion/entropy"] = F.normalised_entropy(*reference.entropy.chunk(2), vocabulary)
     return values
 
 

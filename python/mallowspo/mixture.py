@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from mallowspo.choices import check_not_negative
+
 _NOTHING = 1e-6  # the authors' guard against references that prefer neither response: their anchor's share then
 
 
@@ -80,8 +82,8 @@ def check_mixture(reference_weights, reference_clip, adaptive_clip, swap_referen
                 raise ValueError(f"{name} is for several references: set reference_weights, or leave it out")
     elif not all(weight > 0 for weight in reference_weights) or abs(math.fsum(reference_weights) - 1) > 1e-6:
         raise ValueError(f"reference_weights must be positive and add up to 1, got {reference_weights}")
-    if reference_clip is not None and not 0 <= reference_clip < math.inf:
-        raise ValueError(f"reference_clip must be finite and >= 0 (None: no limit), got {reference_clip}")
+    if reference_clip is not None:
+        check_not_negative("reference_clip", reference_clip, "None: no limit")
     if adaptive_clip and reference_clip is None:
         raise ValueError("adaptive_clip shares out the width reference_clip, which is None: set reference_clip")
 

@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from mallowspo import _C
+from mallowspo.data import evaluation_sets
+from mallowspo.env import installed
 
 # Under these names PEFT looks for its own line, to add it where it is missing.
 _PACKAGES = {
@@ -40,7 +41,11 @@ _CITATION = """## Citation
 
 
 class WritesModelCard:
-    """For a trainer: a card beside every model it saves or pushes."""
+    """For a trainer: a card beside every model it saves or pushes.
+
+    Of the trainer it reads ``objective``, ``references`` and ``dispersion_scale``; ``_source``, where the dispersion
+    comes from, or None; ``_is_peft``; ``_prepared_sets`` and ``_prepared``, the data sets as they are trained on.
+    """
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, *, license=None, language=None):
         """Writes README.md into ``args.output_dir``, on the first rank.
@@ -78,8 +83,8 @@ class WritesModelCard:
         if self.objective.reference_free and self._source != "entropy":
             return "none"
         own = "the model with its adapter off" if self._is_peft else "the model as it was before training"
-        models = (model and self.accelerator.unwrap_model(model) for model in self.references)  # of an engine
-        paths = [model.config._name_or_path if model is not None else "" for model in models]
+        unwrapped = self.accelerator.unwrap_model  # of an engine
+        paths = ["" if model is None else unwrapped(model).config._name_or_path for model in self.references]
         return ", ".join(f"`{_public(path)}`" if path else own for path in paths)
 
     def _push_from_checkpoint(self, checkpoint_folder):
@@ -199,8 +204,7 @@ def _dispersion(trainer):
 
 
 def _data(trainer, dataset_name):
-    evals = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
-    for name, data in {"train": trainer.train_dataset, **evals}.items():
+    for name, data in {"train": trainer.train_dataset, **evaluation_sets(trainer.eval_dataset)}.items():
         if id(data) in trainer._prepared_sets:
             source = dataset_name or data.info.dataset_name or "not named"
             yield name, source, len(data), len(trainer._prepared(data)), data._fingerprint
@@ -256,10 +260,5 @@ def _eval_results(metrics, dataset_name):
 
 
 def _versions():
-    lines = []
-    for name, package in _PACKAGES.items():
-        try:
-            lines.append(f"- {name} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    return "\n".join(lines)
+    found = {name: installed(package) for name, package in _PACKAGES.items()}
+    return "\n".join(f"- {name} {version}" for name, version in found.items() if version is not None)

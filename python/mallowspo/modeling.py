@@ -223,7 +223,7 @@ def _encoded(batch):
 
 
 def sequence_stats(model, batch):
-    """The sums of :func:`response_stats`: SequenceStats, [R] float32; differentiable."""
+    """The sums of :func:`response_stats`, SequenceStats [R], float32 (float64 for a float64 model); differentiable."""
     return SequenceStats(*response_stats(model, batch)[:2])
 
 
@@ -236,7 +236,7 @@ def response_stats(model, batch, aligned=False):
         aligned: whether the result has an alignment.
 
     Returns:
-        ResponseStats, float32; differentiable.
+        ResponseStats, float32 (float64 for a float64 model); differentiable.
     """
     found = model(**_encoded(batch), target_ids=batch["target_ids"], aligned=aligned)
     lengths = batch["num_tokens"]
@@ -249,9 +249,14 @@ def load_model(model, init_kwargs=None):
 
     In float32 unless init_kwargs has a dtype: the checkpoint's own is mostly bfloat16, whose resolution loses updates
     as small as preference tuning's.
+
+    Raises:
+        TypeError: neither a model nor a name.
     """
-    if not isinstance(model, str | Path):
+    if isinstance(model, nn.Module):
         return _passing_gradients(unprepared(model))
+    if not isinstance(model, str | Path):
+        raise TypeError(f"a model must be a PreTrainedModel, a PeftModel or the name or folder of one, got {model!r}")
     kwargs = init_kwargs or {}
     if not {"dtype", "torch_dtype"} & kwargs.keys():
         kwargs = kwargs | {"dtype": torch.float32}

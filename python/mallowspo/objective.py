@@ -18,6 +18,7 @@ from mallowspo.choices import (
     MARGIN_LINKS,
     PAIR_CHOICES,
     check_choice,
+    check_not_negative,
     operator_settings,
 )
 from mallowspo.family import FAMILY
@@ -50,7 +51,7 @@ class PreferenceObjective:
         reference_free: leave the reference model out of the margin. (A mallows link still takes the dispersion
             from it.)
         label_smoothing: assumed share of flipped labels, in [0, 1/2): conservative DPO.
-        robust: make the label smoothing robust DPO's unbiased one.
+        robust: make the label smoothing robust DPO's unbiased one; for gamma = 0.
         smoothing: half-width of the smoothed part of the mallows-phi link, in units of the margin.
         focal_gamma: FocalPO's power of the pair's probability, >= 0; warns where it is so large that the gradient
             points the wrong way at the first step.
@@ -113,8 +114,7 @@ class PreferenceObjective:
         operator_settings(**self._pair_choices)
         check_choice("token_weights", self.token_weights, TOKEN_WEIGHTS)
         check_choice("rearrangement", self.rearrangement, REARRANGEMENTS)
-        if not (math.isfinite(self.sft_weight) and self.sft_weight >= 0):
-            raise ValueError(f"sft_weight must be finite and >= 0, got {self.sft_weight}")
+        check_not_negative("sft_weight", self.sft_weight)
         if not (self.reference_mixing is None or 0 <= self.reference_mixing <= 1):
             raise ValueError(f"reference_mixing must be None or in [0, 1], got {self.reference_mixing}")
         for name, (choice, readers) in READ_BY.items():

@@ -27,7 +27,9 @@ def numbered(column, number):
 class ReadsReferences:
     """For a trainer with ``ref_model``, by whose entropies the dispersion goes, and ``other_references``, a list.
 
-    None among them is the trainer's own model with its adapter off.
+    None among them is the trainer's own model with its adapter off. Of the trainer it also reads ``objective``;
+    ``_source``, where the dispersion comes from, or None; ``_is_peft``; ``_cached``, whether the references are asked
+    before training.
     """
 
     @property
@@ -52,7 +54,8 @@ class ReadsReferences:
     def _columns_of(self, model, dataset, name):
         """What one reference says of every pair: {column: float32 values}, token columns row after row."""
         columns, per_token = None, self.objective.weighs_tokens
-        weights, is_main = self.accelerator.unwrap_model(model or self.model), self.accelerator.is_main_process
+        weights = self.accelerator.unwrap_model(self.model if model is None else model)
+        is_main = self.accelerator.is_main_process
         if is_main or is_partitioned(weights):
             settings = {
                 "version": _C.build["version"],
@@ -117,7 +120,7 @@ class ReadsReferences:
         off = nullcontext()
         if model is None and self._is_peft:
             off = without_adapter(self.accelerator.unwrap_model(self.model))
-        model = model or self.model_wrapped
+        model = self.model_wrapped if model is None else model
         # An autocast of its own: the policy's would reuse the weights that were cast here, without a gradient.
         with evaluating(model), off, self.accelerator.autocast():
             return response_stats(model, batch)

@@ -8,10 +8,11 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from mallowspo.functional import MEMORY_BUDGET
+
 GPUS = {"80 GB": 72e9, "141 GB": 127e9}  # nine tenths: CUDA's context, NCCL and fragmentation take the rest
 NVLINK, PORT = 370e9, 50e9  # bytes/s one way: NVLink 4 as NCCL reaches it, the line rate of a 400 Gb/s port
 FLOPS = 0.35 * 989e12  # a second: utilisation times the dense bfloat16 peak of an H100 or H200 SXM
-BUDGET = 512 * 2**20  # linear_token_stats's memory_budget on a GPU
 COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configs call them
 
@@ -109,7 +110,7 @@ def saved_by_layer(model, batch, sharding, rank=0):
     return t * (norms + inputs + attention + s * (4 * model.mlp + 7 * rank)) + batch.pairs * each
 
 
-def activations(model, batch, sharding, rank=0, checkpointing=False, budget=BUDGET):
+def activations(model, batch, sharding, rank=0, checkpointing=False, budget=MEMORY_BUDGET["cuda"]):
     """Bytes beyond the states at the peak of a step: saved for the backward pass, and worked in by it."""
     (s, residual), d, t, n = dtypes(sharding, rank), model.hidden, batch.tokens, batch.scored
     layer, head = saved_by_layer(model, batch, sharding, rank), model.sizes()[2]

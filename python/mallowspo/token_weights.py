@@ -9,9 +9,9 @@ and SamPO draws anew in every step, so no sum made before training could serve t
 decay, discount and delta. It takes four bytes a token, as the token ids do.
 """
 
-import math
-
 import torch
+
+from mallowspo.choices import check_not_negative, check_number
 
 # Odd constants of the generator splitmix64 (Steele, Lea, Flood 2014), as the signed integers that torch has.
 _STRIDE, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
@@ -72,12 +72,13 @@ def token_weights(
 
 def check_token_weights(token_decay, ld_alpha, bridge_delta):
     """ValueError for a number that :func:`token_weights` cannot take."""
+    for name, value in (("token_decay", token_decay), ("ld_alpha", ld_alpha)):
+        check_number(name, value)
     if not 0 < token_decay <= 1:
         raise ValueError(f"token_decay must be in (0, 1] (1: no decay), got {token_decay}")
     if not 0 <= ld_alpha <= 1:
         raise ValueError(f"ld_alpha must be in [0, 1] (1: no discount), got {ld_alpha}")
-    if not 0 <= bridge_delta < math.inf:
-        raise ValueError(f"bridge_delta must be finite and >= 0 (0: no bridges), got {bridge_delta}")
+    check_not_negative("bridge_delta", bridge_delta, "0: no bridges")
 
 
 def pair_draws(rows, seed, step, stream=0):

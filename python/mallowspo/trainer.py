@@ -13,8 +13,8 @@ from transformers.utils import logging
 from mallowspo import functional as F
 from mallowspo.collator import PreferenceCollator
 from mallowspo.config import MallowsConfig
-from mallowspo.data import PAIR_COLUMNS, mark_differences, stop_word_ids, tokenize_pairs
-from mallowspo.dispersion import agreement_to_neg_log_dispersion, calibrated_scale
+from mallowspo.data import PAIR_COLUMNS, evaluation_sets, mark_differences, stop_word_ids, tokenize_pairs
+from mallowspo.dispersion import agreement_to_neg_log_dispersion, calibrated_scale, check_column, chosen_source
 from mallowspo.distributed import DistributedTrainer
 from mallowspo.metrics import Means, pair_metrics
 from mallowspo.mixture import check_reference_count
@@ -84,7 +84,9 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         set_seed((args or MallowsConfig).seed)  # weights that a checkpoint lacks and an adapter's are drawn at random
         references = list(ref_model) if isinstance(ref_model, list | tuple) else [ref_model]
         self._loaded_from = model if isinstance(model, str | Path) else None
-        model, *references = (m and load_model(m, args and args.model_init_kwargs) for m in (model, *references))
+        init_kwargs = None if args is None else args.model_init_kwargs
+        model = load_model(model, init_kwargs)
+        references = [None if reference is None else load_model(reference, init_kwargs) for reference in references]
         name = model.config._name_or_path
         args = args or MallowsConfig(output_dir=f"{Path(name).name or 'model'}-{MallowsConfig.loss_type}")
         if args.n_gpu > 1:
@@ -96,7 +98,8 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
             raise ValueError("train_dataset is missing")
         self.objective = args.objective()
         check_reference_count(len(references), self.objective.reference_weights, self.objective.swap_reference_weights)
-        for reference in filter(None, references):
+        loaded = [reference for reference in references if reference is not None]
+        for reference in loaded:
             check_apart("ref_model", reference, model)
         if peft_config is not None:
             model = add_adapter(model, peft_config)
@@ -111,11 +114,11 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
             processing_class.pad_token = processing_class.eos_token
 
         self._is_peft = hasattr(model, "get_base_model")
-        for m in filter(None, (model, *references)):
+        for m in (model, *loaded):
             self._taught(m, args)
         if self._is_peft and args.gradient_checkpointing:
             model.enable_input_require_grads()  # else a checkpointed block sees no input that needs a gradient
-        for reference in filter(None, references):
+        for reference in loaded:
             reference.requires_grad_(False)
 
         super().__init__(
@@ -136,29 +139,20 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(["mallowspo"])
 
-        evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        given = {"train": train_dataset} | {f"eval {k}": d for k, d in evals.items() if d is not None}
-        self._source = self._dispersion_source() if self.objective.uses_dispersion else None
+        given = {"train": train_dataset} | evaluation_sets(eval_dataset)
+        columns = getattr(train_dataset, "column_names", None) or ()
+        self._source = chosen_source(args, self.objective, columns) if self.objective.uses_dispersion else None
         with args.main_process_first(desc="tokenisation"):  # the others read the cache that `datasets` keeps
             self._prepared_sets = {id(d): (d, self._prepare(d, name)) for name, d in given.items()}
         self._set_up_references(references, given)
 
     # ---- setting up ------------------------------------------------------------------------------------------------
 
-    def _dispersion_source(self):
-        columns = getattr(self.train_dataset, "column_names", None) or ()
-        found = [name for name in PAIR_COLUMNS if name in columns]
-        if self.args.dispersion_source is None and len(found) > 1:
-            raise ValueError(f"the data has both {found[0]!r} and {found[1]!r}; choose one by dispersion_source")
-        return self.args.dispersion_source or (found[0] if found else "entropy")
-
     def _prepare(self, dataset, name):
         """A data set as its user has it -> tokenised, a measured dispersion in its column neg_log_dispersion."""
         limits = {"max_length": self.args.max_length, "num_proc": self.args.dataset_num_proc}
         dataset = tokenize_pairs(dataset, self.processing_class, **limits)
-        if self._source in PAIR_COLUMNS and self._source not in dataset.column_names:
-            loss = self.args.loss_type
-            raise ValueError(f"the {name} data set lacks the column {self._source!r}, the dispersion of {loss!r}")
+        check_column(self._source, dataset.column_names, f"the {name} data set", self.objective.link)
         if self._source == "agreement":
             values = agreement_to_neg_log_dispersion(dataset["agreement"][:], self.objective.link)
             dataset = dataset.remove_columns([column for column in PAIR_COLUMNS if column in dataset.column_names])
@@ -195,14 +189,14 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         cached = self._cached
         if self._is_peft and None in references and (needs_logps or needs_entropy):
             check_adapter_off(self.model, for_good=not cached)
-        anchor = references[0] or self.model
+        anchor = self.model if references[0] is None else references[0]
         self._vocabulary = anchor.get_output_embeddings().out_features  # the weight's shape may be of a shard
         ready, start = partial(self._ready, for_good=not cached), None
         # None among the references: the model itself, with its adapter off if it has one.
         if None in references and (is_partitioned(self.model) if cached else needs_logps and not self._is_peft):
             start = ready(self._second_model())
-        references = [model and ready(model) for model in references]
-        self.ref_model, *self.other_references = (model or start for model in references)
+        references = [None if model is None else ready(model) for model in references]
+        self.ref_model, *self.other_references = (start if model is None else model for model in references)
         if cached:
             if None in self.references:
                 ready(self.model)

@@ -16,8 +16,8 @@ from packaging.version import Version
 
 from mallowspo import functional as F
 from mallowspo.config import ObjectiveArguments, check_dispersion
-from mallowspo.data import PAIR_COLUMNS
-from mallowspo.dispersion import agreement_to_neg_log_dispersion
+from mallowspo.data import PAIR_COLUMNS, evaluation_sets
+from mallowspo.dispersion import agreement_to_neg_log_dispersion, check_column, chosen_source
 from mallowspo.objective import presets
 
 TESTED = ("1.16", "2")  # from, below; on a CPU 1.15 cannot train
@@ -133,11 +133,12 @@ class DPOTrainer(trl.DPOTrainer):
         self.objective = args.objective()
         self._source = None
         if self.objective.uses_dispersion:
-            self._source = _dispersion_source(args, next(iter(train_dataset or ()), {}))
-            evals = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
-            for name, data in evals.items():
+            columns = next(iter(train_dataset or ()), {})
+            self._source = chosen_source(args, self.objective, columns)
+            check_column(self._source, columns, "the train data set", self.objective.link)
+            for name, data in evaluation_sets(eval_dataset).items():
                 if data:
-                    _check_column(self._source, next(iter(data)), f"eval {name}" if name else "eval", args)
+                    check_column(self._source, next(iter(data)), f"the {name} data set", self.objective.link)
         if self._source == "entropy" and args.precompute_ref_log_probs:
             raise ValueError(
                 "precompute_ref_log_probs keeps the reference's log-probabilities but not the entropies that "
@@ -154,7 +155,7 @@ class DPOTrainer(trl.DPOTrainer):
         self.loss_types, self.loss_weights, self.beta = ["sigmoid"], [1.0], self.objective.beta
         self.dispersion_scale = args.dispersion_scale or (ENTROPY_SCALE if self._source == "entropy" else 1.0)
         if self._source == "entropy":
-            reference = self.accelerator.unwrap_model(self.ref_model or self.model)
+            reference = self.accelerator.unwrap_model(self._reference)
             if self.ref_model is not None:  # TRL asks it for log-probabilities alone
                 add_fused_lm_head(reference, outputs=("log_probs", "entropy"))
                 # accelerate had wrapped the forward that this one replaces
@@ -162,6 +163,10 @@ class DPOTrainer(trl.DPOTrainer):
             self._vocabulary = reference.get_output_embeddings().out_features  # the weight's shape may be of a shard
         elif self._source:
             self.data_collator = _WithDispersion(self.data_collator, self._source, self.objective.link)
+
+    @property
+    def _reference(self):
+        return self.model if self.ref_model is None else self.ref_model
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -181,7 +186,7 @@ class DPOTrainer(trl.DPOTrainer):
             policy.append(model(**kwargs))
             return policy[-1]
 
-        hook = (self.ref_model or self.model).register_forward_hook(lambda *call: reference.append(call[-1]))
+        hook = self._reference.register_forward_hook(lambda *call: reference.append(call[-1]))
         try:
             result = super()._compute_loss(recorded, inputs, return_outputs)
         finally:
@@ -202,7 +207,7 @@ class DPOTrainer(trl.DPOTrainer):
         if self._source == "entropy":
             entropy = summed(reference.entropy) / num_tokens
             dispersion = F.neg_log_dispersion(*entropy.chunk(2), self._vocabulary, scale=self.dispersion_scale)
-            metrics["dispersion/entropy"] = sum(entropy.chunk(2)) / (2 * math.log(self._vocabulary))
+            metrics["dispersion/entropy"] = F.normalised_entropy(*entropy.chunk(2), self._vocabulary)
         elif self._source:
             dispersion = self.dispersion_scale * dispersion
         if dispersion is not None:
@@ -241,8 +246,7 @@ class _WithDispersion:
     link: str
 
     def __call__(self, rows):
-        if self.source not in rows[0]:
-            raise ValueError(f"a data set lacks the column {self.source!r}, the dispersion of {self.link!r}")
+        check_column(self.source, rows[0], "a data set", self.link)
         values = [row[self.source] for row in rows]
         if self.source == "agreement":
             values = agreement_to_neg_log_dispersion(values, self.link)
@@ -251,17 +255,3 @@ class _WithDispersion:
         if bad.any():
             raise ValueError(f"neg_log_dispersion must be finite and >= 0, got {values[bad][0]}")
         return dict(self.collator(rows)) | {_DISPERSION: torch.tensor(values, dtype=torch.float32)}
-
-
-def _dispersion_source(args, columns):
-    found = [name for name in PAIR_COLUMNS if name in columns]
-    if args.dispersion_source is None and len(found) > 1:
-        raise ValueError(f"the data has both {found[0]!r} and {found[1]!r}; choose one by dispersion_source")
-    source = args.dispersion_source or (found[0] if found else "entropy")
-    _check_column(source, columns, "train", args)
-    return source
-
-
-def _check_column(source, columns, name, args):
-    if source in PAIR_COLUMNS and source not in columns:
-        raise ValueError(f"the {name} data set lacks the column {source!r}, the dispersion of {args.loss_type[0]!r}")
