@@ -56,7 +56,7 @@ $(EXPERIMENTS): setup
 recipes: bandit control dialogue dispersion
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 $(VENV)/competitors: $(VENV)/installed
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[test,benchmark]'

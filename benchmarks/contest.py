@@ -72,7 +72,7 @@ def seconds(function, device):
 
 
 def kernel_seconds(function, device, prepare=None, calls=1):
-    """Seconds of one of `calls` calls in a row; on CUDA of the device alone, as beside a host that runs ahead of it."""
+    """Seconds of one of `calls` calls in a row; on CUDA of the device alone, beside a host that runs ahead of it."""
     if prepare is not None:
         prepare()
 

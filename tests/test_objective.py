@@ -256,6 +256,10 @@ def test_an_unknown_field():
         ({"divergence": "js", "token_weights": "mean"}, "divergence='js' is between whole .* token_weights='mean'"),
         ({"reference_free": True, "reference_mixing": 0.5}, "reference_free=True leaves .* reference_mixing=0.5"),
         (
+            {"link": "bradley-terry", "rearrangement": "paired", "label_smoothing": 0.1, "robust": True},
+            "rearrangement='paired' sorts margins, .* robust=True",
+        ),
+        (
             {"link": "hinge", "rearrangement": "unpaired", "on_policy_weighting": True},
             "rearrangement='unpaired' sorts margins, .* on_policy_weighting=True",
         ),

@@ -1,8 +1,8 @@
 """Autograd Functions over ``torch.ops.mallowspo.*`` and the fake kernels that let ``torch.compile`` trace them.
 
 Shapes and meaning are those of :mod:`mallowspo.functional`, which also checks the arguments. The operators themselves
-know no autograd: a Function's backward is one operator call (per pair: one product with the slopes that the forward gave)
-and raises under ``create_graph=True``.
+know no autograd: a Function's backward is one operator call (of the per-pair operators: one product with the slopes
+that the forward gave) and raises under ``create_graph=True``.
 """
 
 import functools

@@ -157,7 +157,7 @@ class PreferenceObjective:
         if self.uses_dispersion:
             yield "link", "weighs each pair by its own dispersion", ("rearrangement",)
         if self.rearrangement != "none":
-            excluded = ("reference_free", "clip_rejected", "divergence", "on_policy_weighting")
+            excluded = ("reference_free", "clip_rejected", "divergence", "on_policy_weighting", "robust")
             yield "rearrangement", "sorts margins, which are no longer those of one pair", excluded
         if self.clip_rejected:
             yield "clip_rejected", "clips at the reference's log-probability", ("reference_free", "reference_mixing")
