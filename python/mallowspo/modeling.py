@@ -56,8 +56,8 @@ def attach_token_stats(model):
 
     Raises:
         TypeError: the head is not one that :mod:`mallowspo.heads` knows, or a forward was replaced.
-        ValueError: the statistics disagree with the model's logits, or the model has an encoder besides, adds a loss
-            of its own or an adapter that moves the positions.
+        ValueError: the statistics disagree with the model's logits, or the model looks at later tokens, has an encoder
+            besides, adds a loss of its own or an adapter that moves the positions.
     """
     if hasattr(model, "get_base_model"):
         if model.active_peft_config.is_prompt_learning:
@@ -124,7 +124,10 @@ def _hidden_states(model, target_index, *args, segments=None, **kwargs):
     inputs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT fills in what was not given
     if segments is not None:
         inputs |= packed_inputs(model.config.get_text_config(), inputs["input_ids"], segments)
-    output = model.get_decoder()(*args, **{**inputs, "use_cache": False})
+    decoder = model.get_decoder()
+    if decoder is model or decoder is model.get_output_embeddings():  # of Llama4 and Mllama; of ModernBERT
+        decoder = model.model
+    output = decoder(*args, **{**inputs, "use_cache": False})
     return output.last_hidden_state.flatten(0, 1)[target_index]
 
 
@@ -133,15 +136,26 @@ def _compare_with_logits(model):
     if not _has_weights(model):
         return  # before it is wrapped (FSDP, ZeRO-3); a rank that has them compares
     length = 8
-    ids = torch.arange(1, length + 1, device=model.device)[None] % len(model.get_input_embeddings().weight)
+    vocabulary = len(model.get_input_embeddings().weight)
+    ids = torch.arange(1, length + 1, device=model.device)
+    # The other row differs in its second half alone, not in length: roundings go by the shape.
+    ids, others = (row[None] % vocabulary for row in (ids, ids + (ids > length // 2)))
     mask = torch.ones_like(ids)
     index = torch.arange(length - 1, device=ids.device)
     with evaluating(model):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, :-1]
+        logits, changed = (
+            model(input_ids=row, attention_mask=mask, use_cache=False).logits[0, :-1] for row in (ids, others)
+        )
         found = model(input_ids=ids, attention_mask=mask, target_index=index, target_ids=ids[0, 1:])
-    expected = F.token_stats(logits, ids[0, 1:])
     # A few roundings of a logit to its dtype: of the product, and of each step of a soft cap.
     allowed = 4 * torch.finfo(logits.dtype).eps * logits.abs().max().item() + 1e-5
+    seen = (logits - changed)[: length // 2].abs().max().item()
+    if seen > allowed and not getattr(model, "is_quantized", False):  # 8 bits are scaled by the whole batch
+        raise ValueError(
+            f"{type(model).__name__} looks at later tokens, which change the logits before them by {seen:.3g}: load "
+            "it as a decoder (is_decoder=True, causal=True for XLM) or use a causal language model"
+        )
+    expected = F.token_stats(logits, ids[0, 1:])
     for name, a, b in zip(found._fields, found, expected, strict=True):
         worst = (a - b).abs().max().item()
         if not worst <= allowed:
