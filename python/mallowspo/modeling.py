@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mallowspo import functional as F
-from mallowspo.attention import ATTENTION, NoSegments, packed_inputs
+from mallowspo.attention import ATTENTION, CannotShare, packed_inputs
 from mallowspo.collator import pack, pad
 from mallowspo.heads import head_modules, knows, learn
 from mallowspo.token_weights import response_sums
@@ -26,6 +26,9 @@ from mallowspo.token_weights import response_sums
 _SOFTCAP = "final_logit_softcapping"
 _MULTIPLIER = "logit_scale"
 _DIVISOR = "logits_scaling"
+
+# Layers that carry a state from token to token, by what transformers calls them in config.layer_types.
+_STATEFUL = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 
 
 class SequenceStats(NamedTuple):
@@ -199,13 +202,18 @@ def share_prompts(model, longest):
             return f"{name} has a {window} of {width} tokens; set max_length to no more than that"
     if any(field.startswith("index_topk") for field in config.to_dict()):
         return f"{name} chooses the tokens that it attends to"
+    kinds = getattr(config, "layer_types", None) or ("linear_attention",) * model._is_stateful
+    if found := _STATEFUL.intersection(kinds):  # in bfloat16 a weak recurrence may pass the comparison below
+        return f"{name} has {min(found)} layers, which carry a state from token to token"
+    if getattr(config, "attn_temperature_tuning", False):
+        return f"{name} scales its attention by the place of a token in its row"
     if not _has_weights(model):
         return f"the weights of {name} are sharded already, so the two ways cannot be compared"
     try:
         worst, allowed = _packed_difference(model, ATTENTION if implementation == "sdpa" else implementation)
-    except NoSegments as error:
+    except CannotShare as error:
         model.set_attn_implementation(implementation)
-        return f"the layers of {name} hand nothing on to their {error}"
+        return f"the layers of {name} {error}"
     if worst <= allowed:
         return None
     model.set_attn_implementation(implementation)
