@@ -2,8 +2,9 @@
 
 A batch is one row of tokens: for each prompt its tokens, then those of each response. A response attends to its prompt
 and to itself; its positions continue the prompt's. Every token is encoded once and none is a pad token, so the result
-is that of the separate sequences, for less. `mallowspo.collator.pack` lays batches out like this; its `segments` are,
-for each prompt, its length and those of its responses.
+is that of the separate sequences, for less, unless the longest of them changes the RoPE of all, against which
+`mallowspo.modeling.check_rope` guards. `mallowspo.collator.pack` lays batches out like this; its `segments` are, for
+each prompt, its length and those of its responses.
 
 The layers find `segments` among the keyword arguments of their model's forward, and `masks`, a dictionary that the
 first of them fills for all. Under the name in `ATTENTION`, transformers knows an attention function that attends to

@@ -220,6 +220,30 @@ def share_prompts(model, longest):
     return f"{name} encodes a response otherwise where its prompt is shared: its hidden states differ by {worst:.2g}"
 
 
+def check_rope(model, max_length, pad_to_multiple_of=None):
+    """ValueError where a sequence of max_length tokens (None: no limit) may change what is said of those beside it.
+
+    transformers takes the last position of the batch, of a pad token too, for the base of "dynamic" RoPE and to choose
+    the short or the long factors of "longrope" (Phi-3, Phi-4-mini).
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for layer_type, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
+            if kind not in ("dynamic", "longrope"):
+                continue
+            if kind == "longrope":
+                parameters = module.config.rope_parameters
+                limit = parameters.get(layer_type, parameters)["original_max_position_embeddings"]
+            else:
+                limit = module.original_max_seq_len
+            limit -= limit % (pad_to_multiple_of or 1)
+            if max_length is None or max_length > limit:
+                raise ValueError(
+                    f"max_length={max_length}, but a sequence of more than {limit} tokens changes the {kind!r} RoPE "
+                    f"of {type(model).__name__} for its whole batch: set max_length to no more than {limit}"
+                )
+
+
 @torch.no_grad()
 def _packed_difference(model, implementation):
     """Largest relative difference that packing makes to the hidden state of a scored position, and what may be.
