@@ -336,7 +336,7 @@ def add_adapter(model, peft_config):
 
 def disable_dropout(model):
     """Sets dropout probabilities to 0: of ``nn.Dropout`` modules and of layers that have their own, not of those that
-    read the config in every forward (Falcon's)."""
+    read the config in every forward (Falcon's, Persimmon's), which would be saved changed."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(module, nn.Dropout))):
