@@ -37,6 +37,7 @@ MODELS = {
     "cohere": ("cohere", {"logit_scale": 0.25}),
     "granite": ("granite", {"logits_scaling": 3.0}),
     "mixtral": ("mixtral", {"num_local_experts": 2}),
+    "llama4": ("llama4_text", {"head_dim": 8, "intermediate_size_mlp": 24, "num_local_experts": 2}),
 }
 ROWS = [
     {"prompt_ids": [1, 5, 6], "chosen_ids": [7, 8, 2], "rejected_ids": [9]},
@@ -320,6 +321,11 @@ def test_an_encoder_decoder_is_refused(model_type):
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(TypeError, match="the output head is a NoneType"):
         attach_token_stats(tiny_model().model)
+
+
+def test_a_head_behind_another_layer_is_refused():
+    with pytest.raises(ValueError, match="ModernBertDecoderForCausalLM does something to its logits"):
+        attach_token_stats(tiny_model("modernbert-decoder"))
 
 
 def test_resized_embeddings():

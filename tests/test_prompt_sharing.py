@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import lora, tiny_model, tiny_trainer
+from tiny import SHAPE, lora, tiny_model, tiny_trainer
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from torch.utils._pytree import tree_map
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MllamaForCausalLM, MllamaTextConfig
 
+from mallowspo import attention
 from mallowspo.attention import ATTENTION, block_mask, packed_inputs
 from mallowspo.collator import pack, pad
 from mallowspo.modeling import add_adapter, attach_token_stats, sequence_stats, share_prompts
@@ -107,6 +108,17 @@ def test_any_number_of_responses_and_empty_prompts(case):
     assert batch["input_ids"].numel() == sum(map(len, case[0])) + sum(len(r) for group in case[1] for r in group)
 
 
+def test_a_decoder_that_get_decoder_does_not_find():
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    torch.manual_seed(0)
+    model = MllamaForCausalLM(MllamaTextConfig(**SHAPE, rope_parameters=rope, cross_attention_layers=[])).eval()
+    model = sharing(model.double())
+    found = sequence_stats(model, pack(PROMPTS, RESPONSES))
+    expected = separate(model, PROMPTS, RESPONSES)
+    close(tuple(found), expected, rtol=1e-6, atol=1e-6)  # its rotations are in float32
+    close(gradients(model, found), gradients(model, expected), **GRADIENT)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant):
     model = sharing(tiny_model(gain=4.0).double())
@@ -173,9 +185,19 @@ REFUSED = {
     "a sliding window": ("mistral", {"sliding_window": 31}, "sliding_window of 31 tokens; set max_length"),
     "layers with one": ("gemma3_text", {"sliding_window": 8, "head_dim": 8}, "sliding_window of 8 tokens"),
     "a recurrence alone": ("mamba", {"state_size": 4}, "has no attention"),
-    "convolutions between": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "its hidden states differ by"),
+    "convolutions between": (
+        "lfm2",
+        {"layer_types": ["conv", "full_attention"]},
+        "has conv layers, which carry a state",
+    ),
     "attention to chosen tokens": ("glm_moe_dsa", SPARSE, "chooses the tokens that it attends to"),
     "layers that hand nothing on": ("stablelm", {}, "hand nothing on to their StableLmAttention"),
+    "a learnt mask": ("doge", {}, "make a mask of their own for their DogeAttention"),  # of zeros until it is trained
+    "a temperature by the row": (
+        "llama4_text",
+        {"head_dim": 8, "intermediate_size_mlp": 24, "num_local_experts": 2},
+        "scales its attention by the place of a token in its row",
+    ),
     "ALiBi": ("bloom", {"n_head": 2, "n_layer": 2}, "has no attention"),
 }
 
@@ -188,6 +210,28 @@ def test_what_cannot_share_says_why(case):
     attach_token_stats(model)
     assert reason in share_prompts(model, 32)
     assert model.config._attn_implementation == before
+
+
+WEAK = {
+    "falcon_h1": ({"mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_d_state": 4}, "hybrid"),
+    "jamba": ({"attn_layer_offset": 1, "attn_layer_period": 2, "mamba_d_state": 4}, "linear_attention"),
+    "lfm2_moe": ({"layer_types": ["conv", "full_attention"], "num_dense_layers": 2}, "conv"),
+    "minimax": ({"head_dim": 8, "num_local_experts": 2}, "linear_attention"),
+    "zamba": ({"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 1}, "hybrid"),
+}
+
+
+@pytest.mark.parametrize("model_type", WEAK)
+def test_a_recurrence_within_the_roundings_of_bfloat16_is_refused(model_type):
+    options, layers = WEAK[model_type]
+    model = tiny_model(model_type, gain=1.0, **options).to(torch.bfloat16)
+    attach_token_stats(model)
+    assert f"has {layers} layers, which carry a state from token to token" in share_prompts(model, 32)
+
+
+def test_a_hybrid_of_attention_alone_shares():
+    types = ["full_attention", "full_attention"]
+    sharing(tiny_model("granitemoehybrid", layer_types=types, num_local_experts=0, mamba_n_heads=2))
 
 
 def test_an_adapter_that_looks_for_its_invocation_is_refused():
@@ -301,6 +345,24 @@ def test_lengths_can_be_bucketed(tmp_path):
     assert spread("group_by_length") < 0.3 * spread("random")
     sums = [sum(batch) for batch in lengths("batch_rebalance")]
     assert len(sums) == 20 and sum(sums) == sum(map(sum, lengths("random")))
+
+
+def test_masks_are_as_memory_efficient_attention_takes_them_without_a_copy(monkeypatch):
+    """ATen pads a mask whose rows do not begin at whole eights, once a layer, and keeps it for the backward."""
+    masks = []
+
+    def spy(*inputs, **options):
+        masks.append(inputs[3])
+        return sdpa(*inputs, **options)
+
+    sdpa = attention.scaled_dot_product_attention
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", spy)
+    sequence_stats(LLAMA, pack(PROMPTS, RESPONSES))
+    assert len(masks) == 2 * len(PROMPTS)
+    for mask, prompt, (_, response) in zip(masks, PROMPTS * 2, RESPONSES * 2, strict=True):
+        length, width = len(response), len(prompt) + len(response)
+        assert torch.equal(mask.isfinite(), torch.ones(length, width, dtype=torch.bool).tril(len(prompt)))
+        assert mask.stride(-2) % 8 == 0 and mask.stride(-1) == 1
 
 
 def test_the_layers_share_their_masks_under_fsdp_too():

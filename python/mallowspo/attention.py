@@ -2,8 +2,9 @@
 
 A batch is one row of tokens: for each prompt its tokens, then those of each response. A response attends to its prompt
 and to itself; its positions continue the prompt's. Every token is encoded once and none is a pad token, so the result
-is that of the separate sequences, for less. `mallowspo.collator.pack` lays batches out like this; its `segments` are,
-for each prompt, its length and those of its responses.
+is that of the separate sequences, for less, unless the longest of them changes the RoPE of all, against which
+`mallowspo.modeling.check_rope` guards. `mallowspo.collator.pack` lays batches out like this; its `segments` are, for
+each prompt, its length and those of its responses.
 
 The layers find `segments` among the keyword arguments of their model's forward, and `masks`, a dictionary that the
 first of them fills for all. Under the name in `ATTENTION`, transformers knows an attention function that attends to
@@ -23,16 +24,18 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION = "mallowspo"  # the name of the attention below among those of transformers
 
 
-class NoSegments(RuntimeError):
-    """The layers of a model keep `segments` from their attention."""
+class CannotShare(RuntimeError):
+    """The layers of a model keep `segments` from their attention, or have masks of their own."""
 
 
 def _attention(module, query, key, value, attention_mask, segments=None, masks=None, **kwargs):
     """SDPA of each sequence of a packed batch [1, heads, T, head size]; of any other batch as it was meant."""
     if segments is None:
         if _is_unread(attention_mask):
-            raise NoSegments(type(module).__name__)
+            raise CannotShare(f"hand nothing on to their {type(module).__name__}")
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if not _is_unread(attention_mask):
+        raise CannotShare(f"make a mask of their own for their {type(module).__name__}")
     # The first response follows its prompt, so the two are an ordinary causal sequence.
     lengths = [n for prompt, (first, *others) in segments for n in (prompt + first, *others)]
     pieces = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
@@ -57,7 +60,8 @@ def _continuation(query, key, value, prompt, masks, dropout=0.0, scaling=None, *
         query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
     name = length, prompt, query.dtype  # one mask for all layers, which would each keep its own for the backward
     if name not in masks:
-        masks[name] = query.new_full((length, prompt + length), -torch.inf).triu(prompt + 1)
+        width = prompt + length  # with strides not of whole eights, memory-efficient SDPA would copy it in every layer
+        masks[name] = query.new_full((length, width + -width % 8), -torch.inf).triu(prompt + 1)[:, :width]
     query = query.unflatten(1, (-1, shared))[0].transpose(0, 1)
     key, value = key.expand(shared, -1, -1, -1), value.expand(shared, -1, -1, -1)
     output = scaled_dot_product_attention(query, key, value, masks[name], dropout_p=dropout, scale=scaling)

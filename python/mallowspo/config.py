@@ -82,7 +82,8 @@ class MallowsConfig(ObjectiveArguments, TrainingArguments):
             model's attention takes such batches; else a warning says why not, and rows are padded. True: raise there.
         pad_to_multiple_of: pad rows to a multiple of this; share_prompt is False then.
         dataset_num_proc: processes that tokenise.
-        disable_dropout: set every dropout of policy and reference to 0.
+        disable_dropout: set every dropout of policy and reference to 0, but for what Falcon and Persimmon read in
+            their config (0 by default); router_jitter_noise stays, by which PhiMoE routes at random in training.
         model_init_kwargs: for ``AutoModelForCausalLM.from_pretrained`` where the model is given by name; its dtype is
             float32 unless given here.
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mallowspo import functional as F
-from mallowspo.attention import ATTENTION, NoSegments, packed_inputs
+from mallowspo.attention import ATTENTION, CannotShare, packed_inputs
 from mallowspo.collator import pack, pad
 from mallowspo.heads import head_modules, knows, learn
 from mallowspo.token_weights import response_sums
@@ -26,6 +26,9 @@ from mallowspo.token_weights import response_sums
 _SOFTCAP = "final_logit_softcapping"
 _MULTIPLIER = "logit_scale"
 _DIVISOR = "logits_scaling"
+
+# Layers that carry a state from token to token, by what transformers calls them in config.layer_types.
+_STATEFUL = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 
 
 class SequenceStats(NamedTuple):
@@ -56,8 +59,8 @@ def attach_token_stats(model):
 
     Raises:
         TypeError: the head is not one that :mod:`mallowspo.heads` knows, or a forward was replaced.
-        ValueError: the statistics disagree with the model's logits, or the model has an encoder besides, adds a loss
-            of its own or an adapter that moves the positions.
+        ValueError: the statistics disagree with the model's logits, or the model looks at later tokens, has an encoder
+            besides, adds a loss of its own or an adapter that moves the positions.
     """
     if hasattr(model, "get_base_model"):
         if model.active_peft_config.is_prompt_learning:
@@ -124,7 +127,10 @@ def _hidden_states(model, target_index, *args, segments=None, **kwargs):
     inputs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT fills in what was not given
     if segments is not None:
         inputs |= packed_inputs(model.config.get_text_config(), inputs["input_ids"], segments)
-    output = model.get_decoder()(*args, **{**inputs, "use_cache": False})
+    decoder = model.get_decoder()
+    if decoder is model or decoder is model.get_output_embeddings():  # of Llama4 and Mllama; of ModernBERT
+        decoder = model.model
+    output = decoder(*args, **{**inputs, "use_cache": False})
     return output.last_hidden_state.flatten(0, 1)[target_index]
 
 
@@ -133,15 +139,26 @@ def _compare_with_logits(model):
     if not _has_weights(model):
         return  # before it is wrapped (FSDP, ZeRO-3); a rank that has them compares
     length = 8
-    ids = torch.arange(1, length + 1, device=model.device)[None] % len(model.get_input_embeddings().weight)
+    vocabulary = len(model.get_input_embeddings().weight)
+    ids = torch.arange(1, length + 1, device=model.device)
+    # The other row differs in its second half alone, not in length: roundings go by the shape.
+    ids, others = (row[None] % vocabulary for row in (ids, ids + (ids > length // 2)))
     mask = torch.ones_like(ids)
     index = torch.arange(length - 1, device=ids.device)
     with evaluating(model):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, :-1]
+        logits, changed = (
+            model(input_ids=row, attention_mask=mask, use_cache=False).logits[0, :-1] for row in (ids, others)
+        )
         found = model(input_ids=ids, attention_mask=mask, target_index=index, target_ids=ids[0, 1:])
-    expected = F.token_stats(logits, ids[0, 1:])
     # A few roundings of a logit to its dtype: of the product, and of each step of a soft cap.
     allowed = 4 * torch.finfo(logits.dtype).eps * logits.abs().max().item() + 1e-5
+    seen = (logits - changed)[: length // 2].abs().max().item()
+    if seen > allowed and not getattr(model, "is_quantized", False):  # 8 bits are scaled by the whole batch
+        raise ValueError(
+            f"{type(model).__name__} looks at later tokens, which change the logits before them by {seen:.3g}: load "
+            "it as a decoder (is_decoder=True, causal=True for XLM) or use a causal language model"
+        )
+    expected = F.token_stats(logits, ids[0, 1:])
     for name, a, b in zip(found._fields, found, expected, strict=True):
         worst = (a - b).abs().max().item()
         if not worst <= allowed:
@@ -185,17 +202,46 @@ def share_prompts(model, longest):
             return f"{name} has a {window} of {width} tokens; set max_length to no more than that"
     if any(field.startswith("index_topk") for field in config.to_dict()):
         return f"{name} chooses the tokens that it attends to"
+    kinds = getattr(config, "layer_types", None) or ("linear_attention",) * model._is_stateful
+    if found := _STATEFUL.intersection(kinds):  # in bfloat16 a weak recurrence may pass the comparison below
+        return f"{name} has {min(found)} layers, which carry a state from token to token"
+    if getattr(config, "attn_temperature_tuning", False):
+        return f"{name} scales its attention by the place of a token in its row"
     if not _has_weights(model):
         return f"the weights of {name} are sharded already, so the two ways cannot be compared"
     try:
         worst, allowed = _packed_difference(model, ATTENTION if implementation == "sdpa" else implementation)
-    except NoSegments as error:
+    except CannotShare as error:
         model.set_attn_implementation(implementation)
-        return f"the layers of {name} hand nothing on to their {error}"
+        return f"the layers of {name} {error}"
     if worst <= allowed:
         return None
     model.set_attn_implementation(implementation)
     return f"{name} encodes a response otherwise where its prompt is shared: its hidden states differ by {worst:.2g}"
+
+
+def check_rope(model, max_length, pad_to_multiple_of=None):
+    """ValueError where a sequence of max_length tokens (None: no limit) may change what is said of those beside it.
+
+    transformers takes the last position of the batch, of a pad token too, for the base of "dynamic" RoPE and to choose
+    the short or the long factors of "longrope" (Phi-3, Phi-4-mini).
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for layer_type, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
+            if kind not in ("dynamic", "longrope"):
+                continue
+            if kind == "longrope":
+                parameters = module.config.rope_parameters
+                limit = parameters.get(layer_type, parameters)["original_max_position_embeddings"]
+            else:
+                limit = module.original_max_seq_len
+            limit -= limit % (pad_to_multiple_of or 1)
+            if max_length is None or max_length > limit:
+                raise ValueError(
+                    f"max_length={max_length}, but a sequence of more than {limit} tokens changes the {kind!r} RoPE "
+                    f"of {type(model).__name__} for its whole batch: set max_length to no more than {limit}"
+                )
 
 
 @torch.no_grad()
@@ -295,7 +341,7 @@ def add_adapter(model, peft_config):
 
 def disable_dropout(model):
     """Sets dropout probabilities to 0: of ``nn.Dropout`` modules and of layers that have their own, not of those that
-    read the config in every forward (Falcon's)."""
+    read the config in every forward (Falcon's, Persimmon's), which would be saved changed."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(module, nn.Dropout))):

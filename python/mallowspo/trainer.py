@@ -24,6 +24,7 @@ from mallowspo.modeling import (
     attach_token_stats,
     check_adapter_off,
     check_apart,
+    check_rope,
     disable_dropout,
     evaluating,
     load_model,
@@ -223,6 +224,7 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
 
     @staticmethod
     def _taught(model, args):
+        check_rope(model, args.max_length, args.pad_to_multiple_of)
         attach_token_stats(model)
         if args.disable_dropout:
             disable_dropout(model)
