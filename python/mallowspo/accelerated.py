@@ -151,7 +151,7 @@ class AcceleratedRounds(TrainerCallback):
 
     The optimiser and its schedule go on through all rounds; :func:`accelerated_rounds` starts them anew, samples new
     pairs and can cache the reference. What is evaluated and saved at the end of an epoch is pi_hat of that round; it
-    moves on when the next epoch begins. Memory: as there.
+    moves on when the next epoch begins. Memory: as for :func:`accelerated_rounds`.
 
     Args:
         trainer: the AcceleratedTrainer it is added to.

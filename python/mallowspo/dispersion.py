@@ -179,7 +179,7 @@ def log_odds_to_neg_log_dispersion(log_odds, link, *, offset=0.0, slope=1.0):
 
 
 def fit_log_odds(log_odds, agreement):
-    """The offset and the slope >= 0 that make sigmoid(offset + slope |log-odds|) likeliest as the known agreements.
+    """Maximum-likelihood offset and slope >= 0 of sigmoid(offset + slope |log-odds|), given the known agreements.
 
     Args:
         log_odds: [n] finite floats, or any other index of agreement that is not negative.

@@ -66,11 +66,12 @@ def token_stats(logits, labels, *, ignore_index=-100, temperature=1.0, inplace_b
         temperature: divides the logits, > 0.
         inplace_backward: the backward writes the gradient over the logits, which saves their size in memory and the
             page faults of a fresh tensor. For logits that nothing else reads afterwards: a later use of theirs in the
-            same graph, a second backward too, raises torch's error for tensors changed in place. Compiled code, where
-            that error would be lost, takes new memory all the same.
+            same graph, a second backward too, raises torch's error for tensors changed in place. Ignored under
+            torch.compile, where that error would not be raised.
 
     Returns:
-        TokenStats(logps, entropy), both [...], float32 (float64 for float64 logits), each differentiable alone.
+        TokenStats(logps, entropy), both [...], float32 (float64 for float64 logits); each can be differentiated
+            on its own.
 
     Raises:
         TypeError: a dtype that is not listed, a temperature that is no number.
@@ -131,9 +132,9 @@ def linear_token_stats(
         softcap: c > 0 replaces the logits l by c tanh(l / c), as Gemma 2 does; None leaves them.
         chunk_tokens: tokens worked on at a time; default: 2048, fewer where the budget is small.
         memory_budget: bytes to work in, beyond inputs, results and gradients; default: 64 MiB, on CUDA 512.
-            With a trained head the logits stay from the forward to the backward as far as they fit in this and in the
-            memory of the weight's gradient, [V, D], which is then taken in the forward already; only the others are
-            computed again. In half precision the sum of hidden's gradient, [..., D] in float32, comes on top where it
+            With a trained head the logits are kept from the forward to the backward while they fit in this plus the
+            buffer of the weight's gradient, [V, D], which is then allocated in the forward; the rest are computed
+            again. In half precision the sum of hidden's gradient, [..., D] in float32, comes on top where it
             takes more than half of this.
 
     Returns:

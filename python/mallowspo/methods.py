@@ -32,7 +32,7 @@ def page():
     for name, method in FAMILY.items():
         lines += ["", f"## {name}", "", f"{method.title}. {method.source}.", ""]
         lines += ["```", f"loss = {method.formula}", "```", ""]
-        lines += [f"- When: {method.when}", f"- Known from: {method.certainty}."]
+        lines += [f"- When: {method.when}", f"- Basis: {method.certainty}."]
         lines += [f"- Fields: {_fields(_not_default(preset(name)))}; the rest at its default."]
     lines += ["", "## Every field and its default", "", "| field | default |", "|---|---|"]
     lines += [f"| `{field.name}` | `{field.default!r}` |" for field in fields(PreferenceObjective)]

@@ -58,8 +58,8 @@ class PreferenceObjective:
         clip_rejected: MinorDPO's reject penalty: the rejected log-ratio counts only where it is positive.
         divergence, divergence_alpha: f-DPO's divergence from the reference: "reverse-kl", "forward-kl", "js", "alpha".
         discopop_tau: the temperature of the discopop links, > 0.
-        reference_mixing: RainbowPO's alpha in [0, 1]: reference log-probabilities count alpha times, gamma
-            (1 - alpha) times; None leaves both as they are.
+        reference_mixing: RainbowPO's alpha in [0, 1]: reference log-probabilities are multiplied by alpha,
+            gamma by 1 - alpha; None leaves both as they are.
         rearrangement: AOT's: "paired" sets the sorted margins of the policy against the sorted ones of the reference,
             "unpaired" the sorted log-ratios of the chosen responses against those of the rejected ones. Sorted within
             the call's batch alone: each rank and micro-batch by itself.
