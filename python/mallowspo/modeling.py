@@ -336,10 +336,17 @@ def check_adapter_off(model, for_good):
 
 @contextmanager
 def without_adapter(model):
-    """The PEFT model with its adapter off for a while, though not frozen as peft has it: which weights are trained is
-    what FSDP asks once, in the first forward of all."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with model.disable_adapter():
-        for parameter in trained:
-            parameter.requires_grad_()
-        yield
+    """The PEFT model with its adapter off for a while. peft freezes and trains other weights on entry, and on exit all
+    of the adapter's; here each keeps its own ``requires_grad``, which FSDP asks once, in the first forward of all."""
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+    def keep():
+        for name, parameter in model.named_parameters():  # by name: FSDP changes the objects
+            parameter.requires_grad_(trained[name])
+
+    try:
+        with model.disable_adapter():
+            keep()
+            yield
+    finally:
+        keep()
