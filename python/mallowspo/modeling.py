@@ -283,8 +283,8 @@ def add_adapter(model, peft_config):
         from peft import get_peft_model
     except ImportError as error:
         raise ImportError("peft_config needs the package peft; run: pip install 'mallowspo[peft]'") from error
-    if hasattr(model, "get_base_model"):
-        raise ValueError("model already has an adapter; pass either a PeftModel or peft_config, not both")
+    if hasattr(model, "get_base_model") or getattr(model, "_hf_peft_config_loaded", False):  # loaded by its name
+        raise ValueError("model already has an adapter; merge it, or leave peft_config out and train this one")
     return get_peft_model(model, peft_config)
 
 
