@@ -154,15 +154,15 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
 
     def _prepare(self, dataset, name):
         """A data set as its user has it -> tokenised, a measured dispersion in its column neg_log_dispersion."""
-        limits = {"max_length": self.args.max_length, "num_proc": self.args.dataset_num_proc}
-        dataset = tokenize_pairs(dataset, self.processing_class, **limits)
+        options = {"max_length": self.args.max_length, "num_proc": self.args.dataset_num_proc}
+        options["pair_columns"] = {self._source}.intersection(PAIR_COLUMNS)
+        dataset = tokenize_pairs(dataset, self.processing_class, **options)
         if self._source in PAIR_COLUMNS and self._source not in dataset.column_names:
             loss = self.args.loss_type
             raise ValueError(f"the {name} data set lacks the column {self._source!r}, the dispersion of {loss!r}")
         if self._source == "agreement":
             values = agreement_to_neg_log_dispersion(dataset["agreement"][:], self.objective.link)
-            dataset = dataset.remove_columns([column for column in PAIR_COLUMNS if column in dataset.column_names])
-            dataset = dataset.add_column("neg_log_dispersion", values)
+            dataset = dataset.remove_columns("agreement").add_column("neg_log_dispersion", values)
         if self.objective.bridge_delta:
             stop_ids = stop_word_ids(self.processing_class, self.args.diff_stop_words or ())
             dataset = mark_differences(dataset, stop_ids, num_proc=self.args.dataset_num_proc)
