@@ -108,9 +108,9 @@ def tokenize_pairs(
     tokenized = tokenized.remove_columns(["dropped", "cut"])
     if any(is_cut):
         logger.warning(
-            "the last tokens of %d of %d prompts are not in prompt + completion and are left out: the completion begins "
-            "where the two part. Either the chat template adds to a generation prompt what a finished turn lacks, such "
-            "as an empty thought, or tokens merge across the boundary, as where a prompt ends in a space",
+            "the last tokens of %d of %d prompts are not in prompt + completion and are left out: the completion "
+            "begins where the two part. Either the chat template adds to a generation prompt what a finished turn "
+            "lacks, such as an empty thought, or tokens merge across the boundary, as after a space",
             sum(is_cut),
             len(is_cut),
         )

@@ -73,9 +73,10 @@ def attach_token_stats(model):
         lessons.append((model, _forward_of(type(model))))
     for module, _ in lessons:
         if not knows(module, type(module).forward):
+            hint = ", or `del model.forward` if a trainer of TRL left one on it" if "forward" in vars(module) else ""
             raise TypeError(
                 f"the forward of this {type(module).__name__} was replaced, by a patch or by a device_map over "
-                "several devices; load the model unpatched and on one device"
+                f"several devices; load the model unpatched and on one device{hint}"
             )
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
@@ -271,8 +272,9 @@ def _passing_gradients(model):
 def unprepared(model):
     """The model without what an accelerator that prepared it before has left on it: wrapper, autocast, mark."""
     model = extract_model_from_parallel(model)
-    if "_original_forward" in vars(model):
-        model.forward = vars(model).pop("_original_forward")
+    original = vars(model).pop("_original_forward", None)
+    if original is not None and "forward" in vars(model):  # unless its user has taken both off
+        model.forward = original
     vars(model).pop("_is_accelerate_prepared", None)
     return model
 

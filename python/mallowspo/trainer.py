@@ -53,7 +53,7 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         args: MallowsConfig; default: one with output_dir "<model>-<loss_type>".
         train_dataset, eval_dataset: ``datasets.Dataset`` in one of TRL's preference formats (see
             ``mallowspo.data.tokenize_pairs``); eval_dataset may be a dict of them.
-        processing_class: the tokenizer; default: the model's own. Without a pad token it pads with EOS.
+        processing_class: the tokenizer; default: the model's own. Without a pad token it pads with EOS, if it has one.
         peft_config: a ``peft.PeftConfig`` to wrap the model with.
         callbacks, optimizers: as in ``transformers.Trainer``.
 
@@ -92,6 +92,8 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
                 f"one process sees {args.n_gpu} GPUs and would split the batch by rows; use accelerate launch, which "
                 "starts one process a GPU, or set CUDA_VISIBLE_DEVICES"
             )
+        if args.model_init_kwargs and self._loaded_from is None:
+            logger.warning(f"model_init_kwargs is for models given by name; this {type(model).__name__} is loaded")
         if train_dataset is None:
             raise ValueError("train_dataset is missing")
         self.objective = args.objective()
