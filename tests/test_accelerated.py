@@ -343,6 +343,17 @@ def test_rounds_keep_the_cache_where_they_are_told(tmp_path):
     assert len(os.listdir(tmp_path / "cache")) == 1
 
 
+def test_the_model_of_rounds_is_loaded_as_it_is_told(tmp_path, caplog):
+    """Once, so that no round warns that its model is loaded."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    args = config(tmp_path / "rounds", model_init_kwargs={"dtype": "bfloat16"})
+    caplog.clear()
+    options = {"rounds": 1, "alpha": 0.3, "processing_class": tiny_tokenizer()}
+    trainer = next(accelerated_rounds(str(tmp_path / "model"), lambda *_: tiny_pairs(2), args, **options))
+    assert trainer.model.dtype == torch.bfloat16 and args.model_init_kwargs
+    assert not any("model_init_kwargs" in record.message for record in caplog.records)
+
+
 def test_the_model_before_is_loaded_as_the_others(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     names = {"ref_model": str(tmp_path / "model"), "previous_model": str(tmp_path / "model")}

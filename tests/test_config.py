@@ -139,6 +139,11 @@ def test_dispersion_source(tmp_path):
 REFUSED = [
     ({"loss_type": "sigmoid"}, "unknown preset 'sigmoid'.*mallows-theta.*TRL's 'sigmoid' is 'dpo'"),
     ({"loss_type": "mallows"}, "unknown preset 'mallows'"),
+    (
+        {"loss_type": ["sigmoid", "bco_pair", "sft"]},
+        "must be one preset, got .'sigmoid', 'bco_pair', 'sft'.; sft_weight",
+    ),
+    ({"loss_type": []}, r"must be one preset, got \[\]"),
     ({"beta": 0.0}, "beta must be finite and positive, got 0.0"),
     ({"beta": float("nan")}, "beta must be finite"),
     ({"gamma": float("inf")}, "gamma must be finite, got inf"),
@@ -149,6 +154,15 @@ REFUSED = [
     ({"loss_type": "d2po", "token_decay": 0.0}, r"token_decay must be in \(0, 1\]"),
     ({"loss_type": "sampo+simpo"}, "down_sampling=True takes the length out"),
     ({"loss_type": "mrpo", "reference_weights": [0.5]}, r"must be positive and add up to 1, got \(0.5,\)"),
+    ({"loss_type": "mrpo", "reference_weights": ["0.5", "half"]}, "'adaptive' or one number .* got .'0.5', 'half'"),
+    (
+        {"loss_type": "mrpo", "reference_weights": ["adaptive", 0.5]},
+        "'adaptive' or one number .* got .'adaptive', 0.5",
+    ),
+    *(
+        ({"pad_to_multiple_of": value}, f"pad_to_multiple_of must be None or an int of at least 1, got {value!r}")
+        for value in (0, -8, 8.0, "8")
+    ),
     ({"dispersion_scale": 0}, "dispersion_scale must be positive and finite, got 0.0"),
     ({"dispersion_scale": -0.3}, "positive and finite, got -0.3"),
     ({"dispersion_scale": float("nan")}, "positive and finite, got nan"),
@@ -179,6 +193,19 @@ def test_impossible_values(tmp_path, options, match):
 def test_every_preset_is_a_loss_type(tmp_path, name):
     args = MallowsConfig(output_dir=str(tmp_path), loss_type=name, beta=0.5)
     assert args.objective().beta == 0.5 and dataclasses.replace(args).objective() == args.objective()
+
+
+def test_what_trl_has_by_default(tmp_path):
+    args = MallowsConfig(output_dir=str(tmp_path), loss_type=["dpo"], pad_to_multiple_of="auto", share_prompt=True)
+    assert args.loss_type == "dpo" and args.pad_to_multiple_of is None
+
+
+@pytest.mark.parametrize("given, weights", [("adaptive", "adaptive"), ("0.25 0.75", (0.25, 0.75))])
+def test_weights_of_references_from_the_command_line(tmp_path, given, weights):
+    line = f"--output_dir {tmp_path} --loss_type mrpo --reference_weights {given}"
+    (args,) = HfArgumentParser(MallowsConfig).parse_args_into_dataclasses(line.split())
+    assert args.objective().reference_weights == weights
+    assert dataclasses.replace(args).objective() == args.objective()
 
 
 def test_from_the_command_line(tmp_path):

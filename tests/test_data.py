@@ -249,6 +249,26 @@ def test_dropped_pairs_are_counted(caplog):
     assert "2 with a prompt too long" in record.message and "1 with an empty completion" in record.message
 
 
+@pytest.mark.parametrize(
+    "dataset, tokenizer, told",
+    [
+        (conversational(), build("bpe", TEMPLATES["think"][0])[0], "2 of 2"),  # the rejected one does not think
+        (
+            Dataset.from_dict({"prompt": ["ca", "c"], "chosen": ["b", "b"], "rejected": ["c", "c"]}),
+            letters(),
+            "1 of 2",
+        ),
+        (conversational(), build("bpe", TEMPLATES["chatml"][0])[0], None),
+    ],
+)
+def test_ends_of_prompts_that_are_left_out_are_counted(caplog, dataset, tokenizer, told):
+    with caplog.at_level(logging.WARNING, logger="mallowspo.data"):
+        tokenize_pairs(dataset, tokenizer)
+    assert len(caplog.records) == (told is not None)
+    for record in caplog.records:
+        assert f"the last tokens of {told} prompts are not in prompt + completion and are left out" in record.message
+
+
 def test_nothing_dropped_is_silent(caplog):
     counts = {}
     result = tokenize_pairs(standard(), letters(), drop_counts=counts)
@@ -286,6 +306,12 @@ def test_pair_columns_are_kept_as_float64_and_others_dropped():
     assert all(result.features[name] == datasets.Value("float64") for name in PAIR_COLUMNS)
     assert result["neg_log_dispersion"][:] == [0.0, 1.0, 2.0]
     assert result["agreement"][:] == [1.0, 0.6, 0.75]
+
+
+def test_pair_columns_that_are_not_read_may_mean_anything():
+    dataset = standard().add_column("agreement", ["much", "none", "some"]).add_column("neg_log_dispersion", [0, 1, 2])
+    result = tokenize_pairs(dataset, letters(), pair_columns=["neg_log_dispersion"])
+    assert result["neg_log_dispersion"][:] == [0.0, 1.0, 2.0] and "agreement" not in result.column_names
 
 
 def test_format_of_the_input_does_not_matter():

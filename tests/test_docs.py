@@ -81,14 +81,22 @@ def test_every_make_target_there_is():
     assert {"demo", "test", "benchmark-step", "rounds"} <= named <= targets
 
 
+def rows(heading):
+    """The cells of the tables under a heading of coming_from.md."""
+    text = (DOCS / "coming_from.md").read_text().split(f"## {heading}")[1].split("\n## ")[0]
+    return [row.strip("|").split("|") for row in text.splitlines() if row.startswith("| ")]
+
+
+def names(cell):
+    return set(re.findall(r"`([a-z_]+)\b", cell))
+
+
 def cells(heading, column):
     """The names in backticks of a column of the tables under a heading of coming_from.md."""
-    text = (DOCS / "coming_from.md").read_text().split(f"## {heading}")[1].split("\n## ")[0]
-    rows = [row.strip("|").split("|") for row in text.splitlines() if row.startswith("| ")]
-    return {name for row in rows for name in re.findall(r"`([a-z_]+)\b", row[column])}
+    return {name for row in rows(heading) for name in names(row[column])}
 
 
-def test_every_argument_of_trl_is_in_the_page():
+def test_every_argument_of_trl_is_in_the_page(tmp_path):
     trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'mallowspo[trl]'")
     from trl.trainer.base_config import _BaseConfig
 
@@ -99,6 +107,11 @@ def test_every_argument_of_trl_is_in_the_page():
     assert own - partners <= told
     ours = {f.name for f in dataclasses.fields(MallowsConfig)} - {f.name for f in dataclasses.fields(_BaseConfig)}
     assert ours <= told | cells("TRL: to", 1)
+    theirs = {f.name: f.default for f in dataclasses.fields(trl.DPOConfig)}
+    same = {name for row in rows("TRL: to") if row[1].startswith(" the same") for name in names(row[0])} & {*theirs}
+    assert {"learning_rate", "pad_to_multiple_of", "model_init_kwargs", "discopop_tau"} <= same
+    for name in same:  # where we say so, what TRL has is taken
+        MallowsConfig(output_dir=str(tmp_path), **{name: theirs[name]})
 
 
 def refused(make):

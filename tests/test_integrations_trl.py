@@ -327,6 +327,30 @@ def test_models_of_another_kind_are_refused(tmp_path):
         DPOTrainer(tiny_model(), tiny_model(), args, None, images, processing_class=tiny_tokenizer())
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_model_that_trl_has_trained(tmp_path, bf16):
+    """TRL leaves its own forward on the object, and accelerate another one around it."""
+
+    def fine_tuned():
+        settings = SETTINGS | {"max_steps": 1, "per_device_train_batch_size": 1, "bf16": bf16, "max_length": 32}
+        args = trl.SFTConfig(output_dir=str(tmp_path / "sft"), **settings)
+        texts = Dataset.from_dict({"text": ["red green blue", "one two three"]})
+        trainer = trl.SFTTrainer(tiny_model(), args, train_dataset=texts, processing_class=tiny_tokenizer())
+        trainer.train()
+        return trainer.model
+
+    model = fine_tuned()
+    with pytest.raises(
+        TypeError, match="forward of this LlamaForCausalLM was replaced.*`del model.forward` if a trainer"
+    ):
+        tiny_trainer(tmp_path, model=model)
+    for again in (model, fine_tuned()):
+        del again.forward
+        trainer = tiny_trainer(tmp_path, model=again)
+        trainer.train()
+        assert trainer.state.global_step == 2
+
+
 @pytest.mark.parametrize("version", [None, "0.24.0", "2.0.0"])
 def test_another_trl_is_refused_at_import(monkeypatch, version):
     monkeypatch.delitem(sys.modules, "mallowspo.integrations.trl")

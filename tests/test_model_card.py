@@ -73,7 +73,10 @@ METHODS = {
         ["the column `agreement`", "phi_star = 1."],
     ),
     "a given scale": ({"dispersion_scale": 0.25}, ["reference model; dispersion scale phi_star = 0.25."]),
-    "no dispersion": ({"loss_type": "dpo"}, ["the method uses none", "Reference: the model as it was before"]),
+    "no dispersion": (
+        {"loss_type": ["dpo"]},
+        ["with mallowspo, method `dpo`", "the method uses none", "Reference: the model as it was before"],
+    ),
     "no reference": ({"loss_type": "simpo"}, ["Reference: none."]),
     "an adapter": ({"peft_config": None}, ["Reference: the model with its adapter off.", "LORA, r 2, lora_alpha 8"]),
     "a second model": ({"ref_model": None}, ["Reference: `org/reference`."]),

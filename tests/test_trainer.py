@@ -1,9 +1,11 @@
 """The trainer from its user's side: it learns, reports, scores, and refuses what it cannot do."""
 
+import logging
 import math
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from tiny import lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
 
@@ -302,6 +304,35 @@ def test_a_tokenizer_without_a_pad_token_pads_with_eos(tmp_path):
     expected = tiny_trainer(tmp_path)
     for name, values in expected.score(expected.train_dataset).items():
         assert trainer.score(trainer.train_dataset)[name] == pytest.approx(values), name
+
+
+def test_a_pad_token_is_needed_where_rows_are_padded(tmp_path):
+    """A chat model may end its turns without an EOS token, and packed batches have no padding."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    pairs = {"prompt": ["red", "blue"], "chosen": [" good", " yes"], "rejected": [" bad", " no"]}
+    data = Dataset.from_dict({k: [[{"role": k, "content": text}] for text in texts] for k, texts in pairs.items()})
+    options = {"processing_class": tokenizer, "train_dataset": data}
+    trainer = tiny_trainer(tmp_path, **options)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    with pytest.raises(
+        TypeError, match="pad_token_id must be an int, got None: set tokenizer.pad_token; any token will"
+    ):
+        tiny_trainer(tmp_path, share_prompt=False, **options)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_model_init_kwargs_beside_a_model_that_is_loaded(tmp_path, caplog, given):
+    tiny_model().save_pretrained(tmp_path / "model")
+    model = tiny_model() if given else str(tmp_path / "model")
+    options = {"ref_model": str(tmp_path / "model"), "model_init_kwargs": {"dtype": "bfloat16"}, "loss_type": "dpo"}
+    with caplog.at_level(logging.WARNING):
+        trainer = tiny_trainer(tmp_path, model=model, **options)
+    assert trainer.ref_model.dtype == torch.bfloat16 and (trainer.model.dtype == torch.float32) == given
+    told = [r for r in caplog.records if "model_init_kwargs is for models given by name; this Llama" in r.message]
+    assert len(told) == given
 
 
 def test_default_arguments(tmp_path, monkeypatch):

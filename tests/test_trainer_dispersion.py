@@ -45,6 +45,19 @@ def test_auto_scale_makes_the_mean_factor_one(tmp_path):
     assert ratio == pytest.approx([trainer.dispersion_scale / 0.25] * 8, rel=1e-5)
 
 
+def test_a_column_that_is_not_read_may_mean_anything(tmp_path):
+    data = tiny_pairs(6, agreement=[3, 5, 0, 1, 2, 4], neg_log_dispersion=[-1.0] * 6)
+    for options in ({"loss_type": "dpo"}, {"dispersion_source": "entropy"}):
+        logs = []
+        for train in (data, data.remove_columns(["agreement", "neg_log_dispersion"])):
+            trainer = tiny_trainer(tmp_path, train_dataset=train, **options)
+            trainer.train()
+            logs.append(train_logs(trainer))
+        assert logs[0] == logs[1]
+    with pytest.raises(ValueError, match="row 0: 'agreement' must be a number in .* got 3"):
+        tiny_trainer(tmp_path, train_dataset=data, dispersion_source="agreement")
+
+
 AGREEMENT = [0.6, 0.75, 0.99, 1.0, 0.500000001, 0.9]
 MEASURED = [0.0, 0.5, 1.0, 2.0, 4.0, 8.0]
 

@@ -211,6 +211,7 @@ def accelerated_rounds(model, pairs, args, *, rounds, alpha, eval_dataset=None, 
         own = copy.copy(args)
         own.output_dir = str(Path(args.output_dir) / f"round-{number + 1}")
         own.precompute_ref_log_probs = True
+        own.model_init_kwargs = None  # the model is loaded
         own.reference_cache_dir = args.reference_cache_dir or str(Path(args.output_dir) / "_reference_cache")
         trainer = AcceleratedTrainer(
             model,

@@ -22,23 +22,24 @@ class PreferenceCollator:
     none and is not scored.
 
     Args:
-        pad_token_id: The id to pad with; padded positions are masked and never scored.
+        pad_token_id: The id to pad with; padded positions are masked and never scored. None only with `share_prompt`.
         pad_to_multiple_of: If set, the length of padded rows is rounded up to a multiple of it.
         share_prompt: Encode each prompt once, in a batch without padding, for a model that
             :func:`mallowspo.modeling.share_prompts` has prepared.
 
     Raises:
-        TypeError: `pad_token_id` is not an int.
+        TypeError: `pad_token_id` is not an int where rows are padded.
     """
 
-    pad_token_id: int
+    pad_token_id: int | None
     pad_to_multiple_of: int | None = None
     share_prompt: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pad_token_id, int):
+        if not self.share_prompt and not isinstance(self.pad_token_id, int):
             raise TypeError(
-                f"pad_token_id must be an int, got {self.pad_token_id!r}: set tokenizer.pad_token (EOS will do)"
+                f"pad_token_id must be an int, got {self.pad_token_id!r}: set tokenizer.pad_token; any token will do, "
+                "since padding is masked"
             )
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -41,10 +41,19 @@ class ObjectiveArguments:
 
     def objective(self):
         """The PreferenceObjective these arguments describe."""
-        (loss_type,) = self.loss_type if isinstance(self.loss_type, list) else [self.loss_type]
         names = {f.name for f in fields(self)}
         given = {f.name: getattr(self, f.name) for f in fields(PreferenceObjective) if f.name in names}
-        return preset(loss_type, **{name: value for name, value in given.items() if value is not None})
+        return preset(
+            one_preset(self.loss_type), **{name: value for name, value in given.items() if value is not None}
+        )
+
+
+def one_preset(loss_type):
+    """The name in a loss_type that is one, or TRL's list of one; ValueError for several."""
+    names = [loss_type] if isinstance(loss_type, str) else loss_type
+    if len(names) != 1:
+        raise ValueError(f"loss_type must be one preset, got {names}; sft_weight adds the SFT loss")
+    return names[0]
 
 
 @dataclass
@@ -54,7 +63,8 @@ class MallowsConfig(ObjectiveArguments, TrainingArguments):
     Defaults that differ from TrainingArguments: learning_rate 1e-6, logging_steps 10, remove_unused_columns False.
 
     Parameters that control the objective:
-        loss_type: a preset's name (``mallowspo.presets()``, docs/methods.md), or several joined by "+".
+        loss_type: a preset's name (``mallowspo.presets()``, docs/methods.md), or several joined by "+"; a list of one
+            such name is that name.
         beta, gamma, label_smoothing, smoothing, focal_gamma, divergence_alpha, discopop_tau, reference_mixing,
         sft_weight, token_decay, ld_alpha, bridge_delta, own_token_weights, reference_weights, reference_clip,
         adaptive_clip, swap_reference_weights: override the preset's field of that name, see
@@ -80,7 +90,8 @@ class MallowsConfig(ObjectiveArguments, TrainingArguments):
         max_length: longest sequence, prompt and completion, in tokens; None for no limit.
         share_prompt: encode each prompt once for both of its responses, in batches without padding. None: where the
             model's attention takes such batches; else a warning says why not, and rows are padded. True: raise there.
-        pad_to_multiple_of: pad rows to a multiple of this; share_prompt is False then.
+        pad_to_multiple_of: pad rows to a multiple of this; share_prompt is False then. None, or TRL's "auto": to the
+            longest of the batch.
         dataset_num_proc: processes that tokenise.
         disable_dropout: set every dropout of policy and reference to 0, but for what Falcon and Persimmon read in
             their config (0 by default); router_jitter_noise stays, by which PhiMoE routes at random in training.
@@ -116,8 +127,8 @@ class MallowsConfig(ObjectiveArguments, TrainingArguments):
     own_token_weights: bool | None = field(
         default=None, metadata={"help": "The reference draws and weighs for itself, sampo, bmc; None: the preset's."}
     )
-    reference_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weights of the references, mrpo; None: the preset's."}
+    reference_weights: list[str] | None = field(
+        default=None, metadata={"help": "Weights of the references, or adaptive, mrpo; None: the preset's."}
     )
     reference_clip: float | None = field(
         default=None, metadata={"help": "Clips references around the first, mrpo; None: the preset's."}
@@ -157,6 +168,9 @@ class MallowsConfig(ObjectiveArguments, TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.loss_type = one_preset(self.loss_type)
+        if isinstance(self.reference_weights, list):  # from the command line, of strings
+            self.reference_weights = _numbers_or_adaptive(self.reference_weights)
         self.objective()
         if self.label_smoothing_factor:
             raise ValueError(
@@ -168,6 +182,11 @@ class MallowsConfig(ObjectiveArguments, TrainingArguments):
             )
         if self.use_liger_kernel:
             raise ValueError("use_liger_kernel replaces the forward that gives token statistics; leave it out")
+        if self.pad_to_multiple_of == "auto":
+            self.pad_to_multiple_of = None
+        multiple = self.pad_to_multiple_of
+        if not (multiple is None or (isinstance(multiple, int) and multiple >= 1)):
+            raise ValueError(f"pad_to_multiple_of must be None or an int of at least 1, got {multiple!r}")
         if self.share_prompt and self.pad_to_multiple_of is not None:
             raise ValueError("share_prompt packs batches without padding; leave pad_to_multiple_of out")
         if self.diff_stop_words is not None and not self.objective().bridge_delta:
@@ -175,6 +194,13 @@ class MallowsConfig(ObjectiveArguments, TrainingArguments):
         if isinstance(self.diff_stop_words, str):
             raise ValueError(f"diff_stop_words must be a list of words, got {self.diff_stop_words!r}")
         check_dispersion(self, default_scale="auto")
+
+
+def _numbers_or_adaptive(weights):
+    try:
+        return "adaptive" if weights == ["adaptive"] else [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise ValueError(f"reference_weights must be 'adaptive' or one number a reference, got {weights}") from None
 
 
 def check_dispersion(args, default_scale):

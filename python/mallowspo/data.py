@@ -24,7 +24,7 @@ TOKEN_REFERENCE_COLUMNS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
 DIFF_COLUMNS = ("chosen_differs", "rejected_differs")  # what mark_differences adds
 
 _PROMPT_TOO_LONG, _EMPTY_COMPLETION = "prompt too long", "empty completion"
-_REVISION = 3  # raise when the tokens change: the `datasets` cache knows _tokenize_pair by its name, not by its code
+_REVISION = 4  # raise when the result changes: the `datasets` cache knows _tokenize_pair by its name, not by its code
 
 
 def tokenize_pairs(
@@ -34,6 +34,7 @@ def tokenize_pairs(
     max_length: int | None = 1024,
     num_proc: int | None = None,
     desc: str = "Tokenizing preference pairs",
+    pair_columns: Iterable[str] = PAIR_COLUMNS,
     drop_counts: dict[str, int] | None = None,
 ) -> Dataset:
     """Tokenizes a preference data set.
@@ -58,13 +59,15 @@ def tokenize_pairs(
     BOS, its first token has no prediction and does not count). One warning states how many were dropped and why.
 
     Args:
-        dataset: The pairs, as its transform gives them if it has one. Further columns are ignored, except
-            `neg_log_dispersion` (finite, >= 0; 0 is phi = 1) and `agreement` (in (0.5, 1]), which are kept as float64.
+        dataset: The pairs, as its transform gives them if it has one. Further columns are ignored, except those of
+            `pair_columns`.
         tokenizer: Needs a chat template for conversations, an EOS token for plain text (a policy trained without
             one never learns to stop).
         max_length: Longest sequence in tokens, prompt included, at least 2. None: no limit.
         num_proc: Processes to tokenize with. None: this one.
         desc: Label of the progress bar.
+        pair_columns: Which of `neg_log_dispersion` (finite, >= 0; 0 is phi = 1) and `agreement` (in (0.5, 1]) to read
+            if the data has them; they are kept as float64.
         drop_counts: If given, receives the number of dropped pairs under "prompt too long" and "empty completion".
 
     Returns:
@@ -79,29 +82,38 @@ def tokenize_pairs(
             `max_length` is below 2.
     """
     is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
-    columns = _checked_columns(dataset, is_transformed)
+    pair_columns = tuple(pair_columns)
+    columns = _checked_columns(dataset, is_transformed, pair_columns)
     if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
         raise ValueError(f"max_length must be None or an int of at least 2, got {max_length!r}")
     limit = sys.maxsize if max_length is None else max_length
     features = {name: List(Value("int32")) for name in TOKEN_COLUMNS}
-    features |= {"length": Value("int32"), "row": Value("int64"), "dropped": Value("string")}
-    features |= {name: Value("float64") for name in PAIR_COLUMNS if name in columns}
+    features |= {"length": Value("int32"), "row": Value("int64"), "dropped": Value("string"), "cut": Value("bool")}
+    features |= {name: Value("float64") for name in pair_columns if name in columns}
     pairs = dataset if is_transformed else dataset.with_format(None).select_columns(columns)
     tokenized = pairs.map(
         _tokenize_pair,
         with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": limit, "revision": _REVISION},
+        fn_kwargs={"tokenizer": tokenizer, "max_length": limit, "pair_columns": pair_columns, "revision": _REVISION},
         remove_columns=pairs.column_names,
         features=Features(features),
         num_proc=num_proc,
         desc=desc,
     )
     tokenized = tokenized.with_format(None)
-    reasons = tokenized["dropped"][:]
+    reasons, is_cut = tokenized["dropped"][:], tokenized["cut"][:]
     counts = Counter(reasons)
     if drop_counts is not None:
         drop_counts.update({reason: counts[reason] for reason in (_PROMPT_TOO_LONG, _EMPTY_COMPLETION)})
-    tokenized = tokenized.remove_columns("dropped")
+    tokenized = tokenized.remove_columns(["dropped", "cut"])
+    if any(is_cut):
+        logger.warning(
+            "the last tokens of %d of %d prompts are not in prompt + completion and are left out: the completion "
+            "begins where the two part. Either the chat template adds to a generation prompt what a finished turn "
+            "lacks, such as an empty thought, or tokens merge across the boundary, as after a space",
+            sum(is_cut),
+            len(is_cut),
+        )
     num_dropped = len(reasons) - counts[""]
     if num_dropped == 0:
         return tokenized
@@ -125,7 +137,7 @@ def evaluation_sets(eval_dataset: Any) -> dict[str, Any]:
     return {} if eval_dataset is None else {"eval": eval_dataset}
 
 
-def _checked_columns(dataset: Dataset, is_transformed: bool) -> list[str]:
+def _checked_columns(dataset: Dataset, is_transformed: bool, pair_columns: tuple[str, ...]) -> list[str]:
     """The columns of `dataset` that are read; raises where it is no data set of pairs."""
     if isinstance(dataset, IterableDataset):
         raise TypeError("an IterableDataset is not supported; materialise it: Dataset.from_list(list(dataset))")
@@ -143,14 +155,20 @@ def _checked_columns(dataset: Dataset, is_transformed: bool) -> list[str]:
             f"the preference data set lacks {missing}: it needs the columns 'chosen' and 'rejected', and 'prompt' "
             f"unless both hold the prompt; found {found}"
         )
-    known = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", *PAIR_COLUMNS)
+    known = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", *pair_columns)
     return [name for name in known if name in found]
 
 
 def _tokenize_pair(
-    row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, max_length: int, revision: int
+    row: dict[str, Any],
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    pair_columns: tuple[str, ...],
+    revision: int,
 ) -> dict[str, Any]:
-    """One output row of `tokenize_pairs`, with the reason to drop it, or "", in `dropped`."""
+    """One output row of `tokenize_pairs`, with the reason to drop it, or "", in `dropped`, and in `cut` whether the
+    prompt's end is no part of the sequences."""
     prompt, chosen, rejected = _split_row(row, index)
     if isinstance(prompt, str):
         if tokenizer.eos_token_id is None:
@@ -184,9 +202,10 @@ def _tokenize_pair(
         "chosen_ids": chosen,
         "rejected_ids": rejected,
         "length": prompt_length + len(chosen) + len(rejected),
-        **{name: _checked_number(name, row[name], index) for name in PAIR_COLUMNS if name in row},
+        **{name: _checked_number(name, row[name], index) for name in pair_columns if name in row},
         "row": index,
         "dropped": dropped,
+        "cut": prompt_length < len(sequences[0]),
     }
 
 

@@ -66,8 +66,14 @@ class DistributedTrainer(Trainer):
         """As in ``transformers.Trainer``; True resumes from the newest checkpoint that was written to the end.
 
         Raises:
-            ValueError: no such checkpoint, or a second time under DeepSpeed.
+            ValueError: nothing to train, no such checkpoint, or a second time under DeepSpeed.
         """
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                f"no parameter of this {type(self.model).__name__} requires a gradient, so there is nothing to train: "
+                "load an adapter by peft's from_pretrained with is_trainable=True, not by its folder as model; after "
+                "merge_and_unload() call model.requires_grad_(True) or give a peft_config"
+            )
         if self.deepspeed is not None:
             raise ValueError("DeepSpeed's engine serves one train(): save the model and make a new trainer of it")
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled

@@ -76,9 +76,10 @@ def attach_token_stats(model):
         lessons.append((model, _forward_of(type(model))))
     for module, _ in lessons:
         if not knows(module, type(module).forward):
+            hint = ", or `del model.forward` if a trainer of TRL left one on it" if "forward" in vars(module) else ""
             raise TypeError(
                 f"the forward of this {type(module).__name__} was replaced, by a patch or by a device_map over "
-                "several devices; load the model unpatched and on one device"
+                f"several devices; load the model unpatched and on one device{hint}"
             )
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
@@ -322,8 +323,9 @@ def _passing_gradients(model):
 def unprepared(model):
     """The model without what an accelerator that prepared it before has left on it: wrapper, autocast, mark."""
     model = extract_model_from_parallel(model)
-    if "_original_forward" in vars(model):
-        model.forward = vars(model).pop("_original_forward")
+    original = vars(model).pop("_original_forward", None)
+    if original is not None and "forward" in vars(model):  # unless its user has taken both off
+        model.forward = original
     vars(model).pop("_is_accelerate_prepared", None)
     return model
 
@@ -334,8 +336,8 @@ def add_adapter(model, peft_config):
         from peft import get_peft_model
     except ImportError as error:
         raise ImportError("peft_config needs the package peft; run: pip install 'mallowspo[peft]'") from error
-    if hasattr(model, "get_base_model"):
-        raise ValueError("model already has an adapter; pass either a PeftModel or peft_config, not both")
+    if hasattr(model, "get_base_model") or getattr(model, "_hf_peft_config_loaded", False):  # loaded by its name
+        raise ValueError("model already has an adapter; merge it, or leave peft_config out and train this one")
     return get_peft_model(model, peft_config)
 
 
@@ -387,10 +389,17 @@ def check_adapter_off(model, for_good):
 
 @contextmanager
 def without_adapter(model):
-    """The PEFT model with its adapter off for a while, though not frozen as peft has it: which weights are trained is
-    what FSDP asks once, in the first forward of all."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with model.disable_adapter():
-        for parameter in trained:
-            parameter.requires_grad_()
-        yield
+    """The PEFT model with its adapter off for a while. peft freezes and trains other weights on entry, and on exit all
+    of the adapter's; here each keeps its own ``requires_grad``, which FSDP asks once, in the first forward of all."""
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+    def keep():
+        for name, parameter in model.named_parameters():  # by name: FSDP changes the objects
+            parameter.requires_grad_(trained[name])
+
+    try:
+        with model.disable_adapter():
+            keep()
+            yield
+    finally:
+        keep()

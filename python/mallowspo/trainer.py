@@ -50,11 +50,11 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         model: a ``PreTrainedModel`` with a linear head, a ``PeftModel`` of one, or a name or folder to load.
         ref_model: the reference, a ``PreTrainedModel``, name or folder; not the same object as model. A list of
             several, with the model's tokenizer, for an objective with ``reference_weights`` (MRPO): the anchor first,
-            by whose entropies the dispersion goes; None in it is what no reference at all would mean.
+            by whose entropies the dispersion goes; None in it means what giving no ref_model means.
         args: MallowsConfig; default: one with output_dir "<model>-<loss_type>".
         train_dataset, eval_dataset: ``datasets.Dataset`` in one of TRL's preference formats (see
             ``mallowspo.data.tokenize_pairs``); eval_dataset may be a dict of them.
-        processing_class: the tokenizer; default: the model's own. Without a pad token it pads with EOS.
+        processing_class: the tokenizer; default: the model's own. Without a pad token it pads with EOS, if it has one.
         peft_config: a ``peft.PeftConfig`` to wrap the model with.
         callbacks, optimizers: as in ``transformers.Trainer``.
 
@@ -95,6 +95,8 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
                 f"one process sees {args.n_gpu} GPUs and would split the batch by rows; use accelerate launch, which "
                 "starts one process a GPU, or set CUDA_VISIBLE_DEVICES"
             )
+        if args.model_init_kwargs and self._loaded_from is None:
+            logger.warning(f"model_init_kwargs is for models given by name; this {type(model).__name__} is loaded")
         if train_dataset is None:
             raise ValueError("train_dataset is missing")
         self.objective = args.objective()
@@ -151,13 +153,13 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
 
     def _prepare(self, dataset, name):
         """A data set as its user has it -> tokenised, a measured dispersion in its column neg_log_dispersion."""
-        limits = {"max_length": self.args.max_length, "num_proc": self.args.dataset_num_proc}
-        dataset = tokenize_pairs(dataset, self.processing_class, **limits)
+        options = {"max_length": self.args.max_length, "num_proc": self.args.dataset_num_proc}
+        options["pair_columns"] = {self._source}.intersection(PAIR_COLUMNS)
+        dataset = tokenize_pairs(dataset, self.processing_class, **options)
         check_column(self._source, dataset.column_names, f"the {name} data set", self.objective.link)
         if self._source == "agreement":
             values = agreement_to_neg_log_dispersion(dataset["agreement"][:], self.objective.link)
-            dataset = dataset.remove_columns([column for column in PAIR_COLUMNS if column in dataset.column_names])
-            dataset = dataset.add_column("neg_log_dispersion", values)
+            dataset = dataset.remove_columns("agreement").add_column("neg_log_dispersion", values)
         if self.objective.bridge_delta:
             stop_ids = stop_word_ids(self.processing_class, self.args.diff_stop_words or ())
             dataset = mark_differences(dataset, stop_ids, num_proc=self.args.dataset_num_proc)

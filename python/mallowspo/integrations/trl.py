@@ -75,8 +75,6 @@ class DPOConfig(ObjectiveArguments, trl.DPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.loss_type) != 1:
-            raise ValueError(f"loss_type must be one preset, got {self.loss_type}; sft_weight adds the SFT loss")
         objective = self.objective()
         defaults = {f.name: f.default for f in fields(trl.DPOConfig)}
         for name in _REPLACED:
