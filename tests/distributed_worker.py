@@ -23,10 +23,11 @@ from transformers import AutoModelForCausalLM, TrainerCallback, training_args
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from mallowspo import AcceleratedTrainer
+from mallowspo.adapters import add_adapter
 from mallowspo.callbacks import GenerationSamples
 from mallowspo.collator import PreferenceCollator
 from mallowspo.data import tokenize_pairs
-from mallowspo.modeling import add_adapter, attach_token_stats, sequence_stats
+from mallowspo.modeling import attach_token_stats, sequence_stats
 
 # Numbers of pairs that do not divide: the last batches are filled up, and the ranks' shares of the passes as well.
 RUNS = {

@@ -28,8 +28,8 @@ from transformers.trainer_utils import sort_checkpoints
 from mallowspo import AcceleratedRounds, AcceleratedTrainer, MallowsConfig, MallowsTrainer, accelerated_rounds
 from mallowspo import functional as F
 from mallowspo.accelerated import extrapolate_parameters_, extrapolated
+from mallowspo.adapters import add_adapter
 from mallowspo.data import REFERENCE_COLUMNS, TOKEN_REFERENCE_COLUMNS
-from mallowspo.modeling import add_adapter
 
 alphas = st.floats(0, 0.99)
 tables = st.lists(st.floats(-20, 0), min_size=6, max_size=6)

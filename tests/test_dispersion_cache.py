@@ -11,9 +11,9 @@ import torch
 from datasets import Dataset
 from tiny import lora, tiny_model, tiny_pairs, tiny_tokenizer
 
+from mallowspo.adapters import add_adapter
 from mallowspo.data import tokenize_pairs
 from mallowspo.dispersion import check_cache_folder, fingerprint, load_cache, save_cache
-from mallowspo.modeling import add_adapter
 
 # Key
 

@@ -13,16 +13,9 @@ from tiny import GPT2_SHAPE, VOCABULARY, lora, plain_alignment, plain_stats, tin
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
+from mallowspo.adapters import add_adapter, without_adapter
 from mallowspo.collator import PreferenceCollator
-from mallowspo.modeling import (
-    add_adapter,
-    attach_token_stats,
-    disable_dropout,
-    evaluating,
-    response_stats,
-    sequence_stats,
-    without_adapter,
-)
+from mallowspo.modeling import attach_token_stats, disable_dropout, evaluating, response_stats, sequence_stats
 
 # Everything a supported model may do between its decoder and its logits: bias, tied head, soft cap, scale, divisor.
 MODELS = {

@@ -7,8 +7,9 @@ import torch
 from tiny import SHAPE, lora, tiny_model, tiny_pairs, tiny_trainer, train_logs
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, XLNetConfig, XLNetLMHeadModel
 
+from mallowspo.adapters import add_adapter
 from mallowspo.collator import pack, pad
-from mallowspo.modeling import add_adapter, attach_token_stats, check_rope, response_stats, share_prompts
+from mallowspo.modeling import attach_token_stats, check_rope, response_stats, share_prompts
 
 # Later tokens
 

@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM, MllamaForCausalLM, MllamaTextConfig
 
 from mallowspo import attention
+from mallowspo.adapters import add_adapter
 from mallowspo.attention import ATTENTION, block_mask, packed_inputs
 from mallowspo.collator import pack, pad
-from mallowspo.modeling import add_adapter, attach_token_stats, sequence_stats, share_prompts
+from mallowspo.modeling import attach_token_stats, sequence_stats, share_prompts
 
 PROMPTS = [[1, 5, 6, 7, 8], [9], [1, 4, 4, 13]]
 RESPONSES = [([10, 11, 2], [12, 2]), ([13, 14, 15, 16, 17, 2], [18]), ([5, 5, 2], [6, 7, 8, 9, 2])]

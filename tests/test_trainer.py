@@ -11,7 +11,7 @@ from tiny import lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, tra
 
 import mallowspo
 from mallowspo import MallowsConfig, MallowsTrainer
-from mallowspo.modeling import add_adapter
+from mallowspo.adapters import add_adapter
 
 PROMPTS = [
     f"{a} {b}" for a in "red green blue one two three".split() for b in "cat dog sky sea up down yes no".split()

@@ -7,7 +7,7 @@ import torch
 from tiny import cache_files, lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
 from transformers import AutoModelForCausalLM
 
-from mallowspo.modeling import without_adapter
+from mallowspo.adapters import without_adapter
 
 # What an adapter may hold, and how its reference is read.
 ADAPTERS = {"lora": {}, "its own head": {"modules_to_save": ["lm_head"]}}

@@ -11,9 +11,10 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from mallowspo import _C
+from mallowspo.adapters import check_adapter_off, without_adapter
 from mallowspo.data import REFERENCE_COLUMNS, TOKEN_REFERENCE_COLUMNS, scored_tokens
 from mallowspo.dispersion import check_cache_folder, fingerprint, load_cache, save_cache
-from mallowspo.modeling import ResponseStats, check_adapter_off, evaluating, response_stats, without_adapter
+from mallowspo.modeling import ResponseStats, evaluating, response_stats
 from mallowspo.sharded import is_partitioned
 
 logger = logging.get_logger(__name__)

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from mallowspo import functional as F
+from mallowspo.adapters import add_adapter, check_adapter_off
 from mallowspo.collator import PreferenceCollator
 from mallowspo.config import MallowsConfig
 from mallowspo.data import PAIR_COLUMNS, evaluation_sets, mark_differences, stop_word_ids, tokenize_pairs
@@ -20,9 +21,7 @@ from mallowspo.metrics import Means, pair_metrics
 from mallowspo.mixture import check_reference_count
 from mallowspo.model_card import WritesModelCard
 from mallowspo.modeling import (
-    add_adapter,
     attach_token_stats,
-    check_adapter_off,
     check_apart,
     check_rope,
     disable_dropout,

@@ -35,7 +35,8 @@ import sampling
 
 import models
 from mallowspo import MallowsConfig
-from mallowspo.modeling import add_adapter, attach_token_stats
+from mallowspo.adapters import add_adapter
+from mallowspo.modeling import attach_token_stats
 from options import check_at_least_one, check_positive, config_field
 from reporting import package_versions
 from stages import Stages, digest, read_checked, write_checked

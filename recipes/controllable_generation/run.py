@@ -34,7 +34,8 @@ import methods
 import models
 import reviews
 from mallowspo import MallowsConfig, preset, presets
-from mallowspo.modeling import add_adapter, attach_token_stats
+from mallowspo.adapters import add_adapter
+from mallowspo.modeling import attach_token_stats
 from options import check_at_least_one, check_not_negative, check_positive, config_field, parse_options
 from reporting import package_versions
 from stages import Stages, digest, folder_digest
