@@ -31,9 +31,9 @@ NOTES = (
     "Means over seeds, held-out prefixes and completions, with 95% percentile intervals from resampling seeds and "
     "prefixes together; with five seeds they are somewhat too narrow, and the pairs are the same in all.",
     "KL: nats a completion; a small one can come out negative. Gain: reward above the reference's. Equal steps: "
-    "against dpo at its own beta. Equal KL: against dpo's frontier, straight lines from the reference through its "
-    "betas, at the KL of the preset or, if dpo nowhere goes as far, at its largest, on the preset's own "
-    "line from the reference.",
+    "against dpo at its own beta. Equal KL: against dpo's frontier, from the reference through its betas, at the KL "
+    "of the preset or, if dpo nowhere goes as far, at its largest, on the preset's own way from the reference; both "
+    "are linear in the root of the KL.",
     "▲ higher, ▼ lower than dpo's, beyond the interval; bold: also beyond intervals that hold for all at once.",
 )
 CAPTION = "Dots are means, bars 95% intervals, each by itself; dotted: dpo at its own beta."

@@ -2,7 +2,8 @@
 
 import numpy as np
 from matplotlib.figure import Figure
-from report import mean_and_half
+
+from stats import mean_and_half
 
 TITLES = {
     "accelerated": "Accelerated preference optimisation",
