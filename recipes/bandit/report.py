@@ -8,7 +8,7 @@ from experiment import METHODS
 from matplotlib.figure import Figure
 
 import stats
-from reporting import finite, plots_section, write_files
+from reporting import finite, plots_section, table, write_files
 from stats import mean_and_half, spearman
 
 # Key in METRICS of experiment.py, name in the table and on the axes, and whether more is better.
@@ -167,21 +167,20 @@ def _table(settings, estimates, options):
     """The tables of results.md: the estimate, and every setting at the middle KL."""
     lines = ["# Bandit", "", f"Means and 95% t intervals over {options.num_seeds} seeds.", ""]
     lines += ["## The dispersion estimate", ""]
-    lines += ["| distance | rank correlation with the truth | R2 with the best scale | best scale |", "|---" * 4 + "|"]
-    for distance, found in estimates.items():
-        cells = [plain(found[name]) for name in ("spearman", "r2", "scale")]
-        lines.append(f"| {distance} | " + " | ".join(cells) + " |")
+    titles = ["distance", "rank correlation with the truth", "R2 with the best scale", "best scale"]
+    names = ("spearman", "r2", "scale")
+    lines += table(titles, [[distance, *(plain(row[name]) for name in names)] for distance, row in estimates.items()])
     target = middle(options.kl_targets)
     lines += ["", f"## At a KL of {target} nats to the reference, averaged over contexts", ""]
     lines += ["DPO's rows: means. The others: difference to DPO, seed by seed; ▲ better, ▼ worse beyond the interval."]
-    heading = None
+    rows = {}
     for (distance, preferences, optimizer), setting in settings.items():
-        if heading != (heading := f"### {distance}, {preferences} preferences a context"):
-            lines += ["", heading, "", f"| optimizer | method | {' | '.join(TITLES.values())} |"]
-            lines += ["|---" * (2 + len(TITLES)) + "|"]
-        for method, row in setting["matched"][str(target)].items():
-            cells = [cell(method, row[name], more) for name, _, more in COMPARED]
-            lines.append(f"| {optimizer} | {method} | " + " | ".join(cells) + " |")
+        rows.setdefault(f"### {distance}, {preferences} preferences a context", []).extend(
+            (optimizer, method, *(cell(method, row[name], more) for name, _, more in COMPARED))
+            for method, row in setting["matched"][str(target)].items()
+        )
+    for heading, found in rows.items():
+        lines += ["", heading, "", *table(["optimizer", "method", *TITLES.values()], found)]
     return "\n".join([*lines, ""])
 
 

@@ -22,7 +22,7 @@ import run
 
 from mallowspo import preset, presets
 from options import COMPOSITIONS, config_field
-from reporting import plots_section, write_files
+from reporting import plots_section, table, write_files
 
 DPO = "dpo"
 AT_EQUAL = {"equal_steps": "equal steps", "equal_kl": "equal KL"}  # ways to compare with dpo
@@ -136,7 +136,7 @@ def write_comparison(output_dir, runs, pairs, settings, versions):
     lines += ["", *(count(rows, way) for way in AT_EQUAL), ""]
     titles = ["preset", "beta", "KL", "gain", *(f"reward - dpo's, {way}" for way in AT_EQUAL.values())]
     titles += ["distinct-1", "tokens"]
-    lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    shown = []
     for row in rows:
         gain = f"reward {report.cell(row['reward'], 2)}"
         if row["method"] != run.REFERENCE:
@@ -144,8 +144,8 @@ def write_comparison(output_dir, runs, pairs, settings, versions):
         cells = [row["method"], "" if row["beta"] is None else f"{row['beta']:g}", report.cell(row["kl"], 1), gain]
         cells += [marked(row["minus_dpo"].get(way)) for way in AT_EQUAL]
         cells += [report.cell(row["distinct-1"], 2), f"{row['tokens']['mean']:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n" + plots_section({"comparison": CAPTION})
+        shown.append(cells)
+    text = "\n".join([*lines, *table(titles, shown)]) + "\n" + plots_section({"comparison": CAPTION})
     write_files(output_dir, results, text, {"comparison": plot(rows)})
     return text
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from reporting import write_files
+from reporting import table, write_files
 from stats import at_kl, crossed_shares, percentiles
 
 RESAMPLES = 2000
@@ -216,27 +216,23 @@ def _tables(points, comparisons, pairs, seeds):
         *(f"\n![{caption}]({name}.png)" for name, caption in CAPTIONS.items()),
     ]
     for domain in dict.fromkeys(point["domain"] for point in points):
-        lines += [
-            f"\n## {domain}\n",
-            "| method | beta | reward | gain over the reference | KL | distinct-1 | distinct-2 | tokens |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
+        rows = []
         for p in points:
             if p["domain"] == domain:
                 gain = "" if p["method"] == REFERENCE else cell(p["gain"], 3, "+")
                 cells = [cell(p["reward"], 3), gain, cell(p["kl"], 2), cell(p["distinct-1"], 2)]
                 beta = "" if p["beta"] is None else f"{p['beta']:g}"
-                lines.append(
-                    f"| {p['method']} | {beta} | {' | '.join(cells)} | {p['distinct-2']['mean']:.2f} | "
-                    f"{p['tokens']['mean']:.1f} |"
-                )
-        rows = [row for row in comparisons if row["domain"] == domain]
-        if rows:
-            lines += ["\n| plug-in - host | at | difference in reward | difference in KL |", "|---|---|---|---|"]
-        for row in rows:
+                ends = f"{p['distinct-2']['mean']:.2f}", f"{p['tokens']['mean']:.1f}"
+                rows.append([p["method"], beta, *cells, *ends])
+        titles = ["method", "beta", "reward", "gain over the reference", "KL", "distinct-1", "distinct-2", "tokens"]
+        lines += [f"\n## {domain}\n", *table(titles, rows)]
+        rows = []
+        for row in (row for row in comparisons if row["domain"] == domain):
             at, kl = f"KL {row['at_kl']:.2f}" if "at_kl" in row else f"beta {row['beta']:g}", row.get("kl")
             cells = cell(row["reward"], 3, "+"), cell(kl, 2, "+") if kl else "0, by interpolation"
-            lines.append(f"| {row['method']} - {row['host']} | {at} | {' | '.join(cells)} |")
+            rows.append([f"{row['method']} - {row['host']}", at, *cells])
+        if rows:
+            lines += ["", *table(["plug-in - host", "at", "difference in reward", "difference in KL"], rows)]
     return "\n".join(lines) + "\n"
 
 

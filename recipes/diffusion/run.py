@@ -141,8 +141,8 @@ def run_seed(arguments, unet, scheduler, link, seed):
     return {
         "preferred": (seen.warmth > 0).numpy(),
         "right_shape": (seen.shapes == shapes).numpy(),
-        "accuracy": accuracy.numpy(),
-        "distance": distance.numpy(),
+        "accuracy": accuracy,
+        "distance": distance,
         "sample_shapes": shapes.numpy(),
         "held_out_shapes": held_out.shapes.numpy(),
         "history": np.array(history).reshape(-1, 2),
