@@ -7,6 +7,16 @@ from transformers import TrainingArguments
 from mallowspo import MallowsConfig, preset
 from mallowspo.objective import READ_BY
 
+# What the comparisons of every preset train beside the presets themselves.
+COMPOSITIONS = (
+    "mallows-theta+focal",
+    "mallows-phi+focal",
+    "mallows-theta+minor",
+    "mallows-theta+js",
+    "mallows-theta+wpo",
+    "mallows-theta+bmc",
+)
+
 
 @dataclass
 class SharedConfig(MallowsConfig):
@@ -25,6 +35,13 @@ def config_of(training, method, **changes):
     unread = _unread(training, method)
     given = {f.name: getattr(training, f.name) for f in fields(MallowsConfig) if f.init and f.name not in unread}
     return MallowsConfig(**given | {"loss_type": method} | changes)
+
+
+def training_facts(config):
+    """What of a MallowsConfig the trained weights depend on: all but names of places and what is shown."""
+    shown = ("output_dir", "reference_cache_dir", "run_name", "disable_tqdm", "report_to")
+    facts = {name: value for name, value in config.to_dict().items() if not name.startswith("logging_")}
+    return {name: value for name, value in facts.items() if name not in shown}
 
 
 def check_methods(training, methods):

@@ -11,16 +11,6 @@ from typing import get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-# What the comparisons of every preset train beside the presets themselves.
-COMPOSITIONS = (
-    "mallows-theta+focal",
-    "mallows-phi+focal",
-    "mallows-theta+minor",
-    "mallows-theta+js",
-    "mallows-theta+wpo",
-    "mallows-theta+bmc",
-)
-
 
 def config_field(script, name="default.yaml"):
     """The field ``config`` of a recipe's options; its default is the file of that name beside the script."""

@@ -27,7 +27,8 @@ import sampling
 from mallowspo.modeling import ResponseStats
 from mallowspo.objective import preset, presets
 from mallowspo.token_weights import weighted_logps
-from options import COMPOSITIONS, config_field, parse_options
+from methods import COMPOSITIONS
+from options import config_field, parse_options
 from reporting import finite, package_versions, plots_section, table, write_files
 
 EARLY = "dpo, stopped early"  # the yardstick of the presets that no beta holds at the reference

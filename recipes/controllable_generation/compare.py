@@ -21,7 +21,8 @@ import report
 import run
 
 from mallowspo import preset, presets
-from options import COMPOSITIONS, config_field
+from methods import COMPOSITIONS
+from options import config_field
 from reporting import plots_section, table, write_files
 
 DPO = "dpo"
@@ -76,14 +77,14 @@ def summarise(runs):
     for made in runs:
         groups.setdefault((made["method"], made["beta"]), []).append(made)
     found = {key: report.measure(group, [run.MOVIE]) for key, group in groups.items()}
-    reference, dpo = found[run.REFERENCE, None], found[DPO, preset(DPO).beta]
+    reference, dpo = found[report.REFERENCE, None], found[DPO, preset(DPO).beta]
     resampling = report.Resampling.draw(*dpo["reward"].shape)
     rows = []
     for (method, beta), values in found.items():
         intervals = {name: resampling.interval(value) for name, value in values.items()}
         intervals["gain"] = resampling.interval(values["reward"] - reference["reward"])
         rows.append({"method": method, "beta": beta, **intervals, "minus_dpo": {}})
-    compared = [row for row in rows if row["method"] not in (run.REFERENCE, DPO)]
+    compared = [row for row in rows if row["method"] not in (report.REFERENCE, DPO)]
     differences = {way: [] for way in AT_EQUAL}
     for row in compared:
         gap = found[row["method"], row["beta"]]["reward"] - dpo["reward"]
@@ -139,7 +140,7 @@ def write_comparison(output_dir, runs, pairs, settings, versions):
     shown = []
     for row in rows:
         gain = f"reward {report.cell(row['reward'], 2)}"
-        if row["method"] != run.REFERENCE:
+        if row["method"] != report.REFERENCE:
             gain = report.cell(row["gain"], 2, "+")
         cells = [row["method"], "" if row["beta"] is None else f"{row['beta']:g}", report.cell(row["kl"], 1), gain]
         cells += [marked(row["minus_dpo"].get(way)) for way in AT_EQUAL]
@@ -171,7 +172,7 @@ def marked(gap):
 
 def plot(rows):
     """A row a preset: KL, gain, differences to dpo in two colours, distinct-1."""
-    rows = [row for row in rows if row["method"] != run.REFERENCE]
+    rows = [row for row in rows if row["method"] != report.REFERENCE]
     dpo = next(row for row in rows if (row["method"], row["beta"]) == (DPO, preset(DPO).beta))
     figure = Figure(figsize=(13, 1.5 + 0.22 * len(rows)), layout="constrained")
     panels = figure.subplots(1, 4, sharey=True)
@@ -206,8 +207,9 @@ def plot(rows):
 def main(arguments=None):
     recipe, training, points = run.parse_arguments(arguments, Options, points_of)
     shared = run.prepare(recipe, training)
-    runs = run.train_and_evaluate(shared, points, [run.MOVIE])
-    print(write_comparison(training.output_dir, runs, shared.pairs, *run.record(recipe, training)))
+    rows, pairs = run.collect_pairs(shared)
+    runs = run.train_and_evaluate(shared, rows, points, [run.MOVIE])
+    print(write_comparison(training.output_dir, runs, pairs, *run.record(recipe, training)))
     print(f"written to {training.output_dir}")
 
 

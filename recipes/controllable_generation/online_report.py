@@ -5,9 +5,9 @@ import report
 from matplotlib.figure import Figure
 
 from reporting import plots_section, table, write_files
+from reviews import MOVIE
 from stats import half_width
 
-MOVIE = "movie review"
 TITLES = {"discriminator": "Discriminator-guided rounds", "advantages": "Learning from advantages"}
 COLORS = ("#222222", "#0b62a4", "#d1570d", "#2a7f3f")
 STYLES = ("-", "--", "-.", ":")

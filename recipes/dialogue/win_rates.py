@@ -37,8 +37,6 @@ from stages import Stages, digest
 
 IN, OUT = "prompts held out", "topics held out"
 JUDGED_AT_A_TIME = 64  # a judge that fails loses no more answers than these
-# Arguments of the trainer that change no weight.
-_NO_MATTER = ("output_dir", "logging_dir", "run_name", "reference_cache_dir", "disable_tqdm", "report_to")
 
 
 @dataclass
@@ -238,7 +236,6 @@ class Experiment:
         """The folder of a trained adapter, with training.json: its last log, {} where it was too short for one."""
         cache = str(Path(self.training.output_dir) / "stages" / "reference")
         settings = methods.config_of(self.training, method, seed=seed, reference_cache_dir=cache)
-        matter = {k: v for k, v in settings.to_sanitized_dict().items() if k not in _NO_MATTER}
 
         def train(folder):
             settings.output_dir = str(folder)
@@ -254,7 +251,7 @@ class Experiment:
             log = ([entry for entry in trainer.state.log_history if "loss" in entry] or [{}])[-1]
             (folder / "training.json").write_text(json.dumps(log))
 
-        inputs = [self.model_key, matter, self.arguments.lora_rank, pairs]
+        inputs = [self.model_key, methods.training_facts(settings), self.arguments.lora_rank, pairs]
         return self.stages.folder(f"{method}-seed-{seed}", inputs, train)
 
     def judge_replies(self, name, ask, rows, *sides):

@@ -9,7 +9,7 @@ import pytest
 from generation_recipe import FOLDER, command, compare, run
 
 from mallowspo import preset, presets
-from options import COMPOSITIONS
+from methods import COMPOSITIONS
 
 EVERYTHING = {(name, preset(name).beta) for name in (*presets(), *COMPOSITIONS)}
 
