@@ -54,6 +54,21 @@ def check_methods(training, methods):
         config_of(training, method)
 
 
+def mixes_references(method):
+    """Whether a method needs a second reference, as MRPO does."""
+    return preset(method).reference_weights is not None
+
+
+def check_one_reference(methods):
+    """ValueError for a method that a recipe with one reference cannot train."""
+    for method in methods:
+        if mixes_references(method):
+            raise ValueError(
+                f"{method} mixes two references and this recipe has one; leave it out, "
+                "controllable_generation/run.py and compare.py train it"
+            )
+
+
 def _unread(training, method):
     """Names of the options that MallowsConfig refuses beside a method because it does not read them."""
     objective = preset(method)

@@ -35,8 +35,8 @@ import sampling
 
 import models
 from mallowspo.modeling import add_adapter
-from methods import training_facts
-from options import check_at_least_one, check_positive, config_field
+from methods import check_one_reference, training_facts
+from options import check_at_least_one, check_positive, config_field, ends_the_script
 from reporting import package_versions
 from stages import digest, read_checked, write_checked
 
@@ -80,6 +80,7 @@ class Method(NamedTuple):
         return f"{self.loss} {self.number:g}" + (f", {self.labelling}" if self.labelling else "")
 
 
+@ends_the_script
 def parse_arguments(arguments=None):
     """(Options, MallowsConfig, methods).
 
@@ -87,6 +88,7 @@ def parse_arguments(arguments=None):
         ValueError: of ``run.parse_arguments``, and for numbers out of range.
     """
     recipe, training, grid = run.parse_arguments(arguments, Options)
+    check_one_reference(method for method, _ in grid)
     check_at_least_one(recipe, "rounds", "gold", "lora_rank")
     if training.max_steps < 1:
         raise ValueError(f"max_steps, the updates of a round, must be at least 1, got {training.max_steps}")

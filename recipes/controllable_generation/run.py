@@ -33,9 +33,16 @@ from training import ShowSteps, train, training_of
 import methods
 import models
 import reviews
-from mallowspo import MallowsConfig, preset, presets
+from mallowspo import MallowsConfig, presets
 from mallowspo.modeling import add_adapter, attach_token_stats
-from options import check_at_least_one, check_not_negative, check_positive, config_field, parse_options
+from options import (
+    check_at_least_one,
+    check_not_negative,
+    check_positive,
+    config_field,
+    ends_the_script,
+    parse_options,
+)
 from reporting import package_versions
 from reviews import MOVIE
 from stages import Stages, digest, folder_digest
@@ -76,6 +83,7 @@ class RecipeArguments:
     lora_rank: int = field(default=16, metadata={"help": "Train LoRA adapters of this rank; 0: every weight."})
 
 
+@ends_the_script
 def parse_arguments(arguments=None, kind=RecipeArguments, points_of=lambda grid: grid):
     """(RecipeArguments or one of its kind, methods.SharedConfig, runs); runs are (preset, beta).
 
@@ -312,7 +320,7 @@ def train_and_evaluate(shared, rows, points, domains):
         if method != REFERENCE:
             settings = training_of(training, method, beta, seed, folder)
             inputs |= {"training": methods.training_facts(settings), "rank": recipe.lora_rank, "pairs": rows}
-            if preset(method).reference_weights is not None:
+            if methods.mixes_references(method):
                 second = second_reference(shared)
                 inputs["second"] = model_digest(second)
             place = f"{method}-{beta}-{seed}-{digest(inputs)[:12]}"

@@ -31,7 +31,15 @@ import methods
 import models
 from mallowspo import MallowsConfig, MallowsTrainer, presets
 from mallowspo.modeling import load_model
-from options import check_at_least_one, check_not_negative, check_positive, config_field, list_field, parse_options
+from options import (
+    check_at_least_one,
+    check_not_negative,
+    check_positive,
+    config_field,
+    ends_the_script,
+    list_field,
+    parse_options,
+)
 from reporting import package_versions
 from stages import Stages, digest
 
@@ -92,15 +100,18 @@ class WinRateArguments:
                 raise ValueError(f"{name} must be one or more, each once, got {values}")
 
 
+@ends_the_script
 def parse_arguments(arguments=None):
     """(WinRateArguments, methods.SharedConfig); see options.parse_options.
 
     Raises:
-        ValueError: also for loss_type, for options that a method cannot have or that none reads.
+        ValueError: also for loss_type, for a method that needs a second reference, for options that a method cannot
+            have or that none reads.
     """
     recipe, training = parse_options((WinRateArguments, methods.SharedConfig), __doc__.split("\n")[0], arguments)
     if training.loss_type != MallowsConfig.loss_type:
         raise ValueError("loss_type is given by methods; leave it out")
+    methods.check_one_reference(recipe.methods)
     methods.check_methods(training, recipe.methods)
     return recipe, training
 

@@ -240,6 +240,12 @@ def test_options_that_cannot_be_meant_are_refused(options, message):
         run.parse_arguments(options)
 
 
+def test_a_wrong_option_ends_the_script_with_its_message(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["run.py", "--seeds", "0"])
+    with pytest.raises(SystemExit, match="^run.py: error: seeds must be at least 1, got 0"):
+        run.main()
+
+
 # ---- report --------------------------------------------------------------------------------------------------------
 
 

@@ -218,6 +218,12 @@ def test_options_out_of_their_range_are_refused(options, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_wrong_option_ends_the_script_with_its_message(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["run.py", "--seeds", "0"])
+    with pytest.raises(SystemExit, match="^run.py: error: seeds must be at least 1, got 0"):
+        run.main()
+
+
 # ---- report --------------------------------------------------------------------------------------------------------
 
 

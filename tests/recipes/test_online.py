@@ -162,11 +162,18 @@ def test_the_default_parses():
         (["--gradient_accumulation_steps", "2"], "gradient_accumulation_steps must be 1, .*, got 2"),
         (["--lr_scheduler_type", "linear"], "lr_scheduler_type must be constant"),
         (["--grid", '{"apa": [1]}'], "unknown methods apa"),
+        (["--grid", '{"mrpo": [1]}'], "mrpo mixes two references and this recipe has one"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         online.parse_arguments(options)
+
+
+def test_a_wrong_option_ends_the_script_with_its_message(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["online.py", "--gold", "0"])
+    with pytest.raises(SystemExit, match="^online.py: error: gold must be at least 1, got 0"):
+        online.main()
 
 
 # ---- report --------------------------------------------------------------------------------------------------------
