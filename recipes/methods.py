@@ -7,6 +7,16 @@ from transformers import TrainingArguments
 from mallowspo import MallowsConfig, preset
 from mallowspo.objective import READ_BY
 
+# What the comparisons of every preset train beside the presets themselves.
+COMPOSITIONS = (
+    "mallows-theta+focal",
+    "mallows-phi+focal",
+    "mallows-theta+minor",
+    "mallows-theta+js",
+    "mallows-theta+wpo",
+    "mallows-theta+bmc",
+)
+
 
 @dataclass
 class SharedConfig(MallowsConfig):
@@ -27,6 +37,13 @@ def config_of(training, method, **changes):
     return MallowsConfig(**given | {"loss_type": method} | changes)
 
 
+def training_facts(config):
+    """What of a MallowsConfig the trained weights depend on: all but names of places and what is shown."""
+    shown = ("output_dir", "reference_cache_dir", "run_name", "disable_tqdm", "report_to")
+    facts = {name: value for name, value in config.to_dict().items() if not name.startswith("logging_")}
+    return {name: value for name, value in facts.items() if name not in shown}
+
+
 def check_methods(training, methods):
     """ValueError for an option that one of the methods cannot have or that none of them reads."""
     for name in sorted(set.intersection(*(_unread(training, method) for method in methods))):
@@ -35,6 +52,21 @@ def check_methods(training, methods):
             raise ValueError(f"{name}={value} is read by none of {', '.join(methods)}; leave it out")
     for method in methods:
         config_of(training, method)
+
+
+def mixes_references(method):
+    """Whether a method needs a second reference, as MRPO does."""
+    return preset(method).reference_weights is not None
+
+
+def check_one_reference(methods):
+    """ValueError for a method that a recipe with one reference cannot train."""
+    for method in methods:
+        if mixes_references(method):
+            raise ValueError(
+                f"{method} mixes two references and this recipe has one; leave it out, "
+                "controllable_generation/run.py and compare.py train it"
+            )
 
 
 def _unread(training, method):

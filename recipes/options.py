@@ -1,6 +1,8 @@
 """The options of a recipe: dataclass fields, set by a YAML file and by the command line."""
 
 import argparse
+import functools
+import inspect
 import json
 import math
 import sys
@@ -10,16 +12,6 @@ from typing import get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
-
-# What the comparisons of every preset train beside the presets themselves.
-COMPOSITIONS = (
-    "mallows-theta+focal",
-    "mallows-phi+focal",
-    "mallows-theta+minor",
-    "mallows-theta+js",
-    "mallows-theta+wpo",
-    "mallows-theta+bmc",
-)
 
 
 def config_field(script, name="default.yaml"):
@@ -54,6 +46,26 @@ def _check(options, names, wanted, is_meant):
             raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
+def ends_the_script(parse):
+    """A function that reads options whose ValueError ends a script with its message alone, as argparse's errors do.
+
+    Where ``arguments`` are given in place of the command line it is raised.
+    """
+    signature = inspect.signature(parse)
+
+    @functools.wraps(parse)
+    def parsed(*args, **options):
+        try:
+            return parse(*args, **options)
+        except ValueError as error:
+            if signature.bind(*args, **options).arguments.get("arguments") is not None:
+                raise
+            sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+
+    return parsed
+
+
+@ends_the_script
 def parse_options(classes, description, arguments=None):
     """An instance of each dataclass from the YAML file of ``--config`` and the command line, which wins.
 
@@ -66,7 +78,8 @@ def parse_options(classes, description, arguments=None):
 
     Raises:
         ValueError: the file cannot be read, is no mapping, names an option twice, has an unknown one or a ``null`` for
-            one that cannot be None; the command line has an unknown one. SystemExit: a value argparse refuses.
+            one that cannot be None; the command line has an unknown one. SystemExit: a value argparse refuses, and
+            for any of these where the options are those of a script, see :func:`ends_the_script`.
     """
     parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -1,4 +1,4 @@
-"""What the reports of the recipes share: the files that a report is, versions, Student's t, ranks."""
+"""What the reports of the recipes share: the files that a report is, their tables, versions."""
 
 import io
 import json
@@ -7,25 +7,8 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-
 import mallowspo
 from mallowspo.files import write_whole
-
-# 97.5% quantiles of Student's t by degrees of freedom, 1 to 19; beyond, the last is a little too wide.
-_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-_T_975 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
-
-
-def t_975(degrees):
-    """The 97.5% quantile of Student's t with 1, 2, ... degrees of freedom."""
-    return _T_975[min(degrees, len(_T_975)) - 1]
-
-
-def ranks(values):
-    """Ranks from 1, ties at the mean of theirs."""
-    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[group]
 
 
 def package_versions(*packages):
@@ -48,6 +31,12 @@ def write_files(output_dir, results, text, figures):
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=150)
         write_whole(output_dir / f"{name}.png", image.getvalue())
+
+
+def table(titles, rows):
+    """The lines of a Markdown table; a row is its cells."""
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (titles, *rows)]
+    return [lines[0], "|---" * len(titles) + "|", *lines[1:]]
 
 
 def plots_section(captions):

@@ -26,8 +26,9 @@ DOWNLOAD = ("download", "--no-deps", "--no-binary", "vaderSentiment", "vaderSent
 INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
 
 # What a prompt calls a domain, and how its two files begin.
+MOVIE = "movie review"
 DOMAINS = {
-    "movie review": "movieReviewSnippets",
+    MOVIE: "movieReviewSnippets",
     "product review": "amazonReviewSnippets",
     "newspaper editorial": "nytEditorialSnippets",
     "tweet": "tweets",

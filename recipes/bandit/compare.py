@@ -27,8 +27,9 @@ import sampling
 from mallowspo.modeling import ResponseStats
 from mallowspo.objective import preset, presets
 from mallowspo.token_weights import weighted_logps
-from options import COMPOSITIONS, config_field, parse_options
-from reporting import finite, package_versions, plots_section, write_files
+from methods import COMPOSITIONS
+from options import config_field, parse_options
+from reporting import finite, package_versions, plots_section, table, write_files
 
 EARLY = "dpo, stopped early"  # the yardstick of the presets that no beta holds at the reference
 METRICS = ("optimal", "reward", "entropy_contested", "top_choice_distance")
@@ -224,12 +225,12 @@ def write_comparison(settings, options, versions):
     lines += ["▲ better, ▼ worse beyond the interval. The last column: after all steps, at the preset's own beta."]
     lines += ["†: no beta holds it at the reference; stopped early instead, at its own beta."]
     for key, setting in settings.items():
-        lines += ["", f"## {key[0]}, {key[1]} preferences a context, {key[2]}", ""]
-        titles = ["preset", *(title for _, title, _ in COMPARED), "KL at its own beta"]
-        lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+        rows = []
         for name, row in setting["rows"].items():
             cells = [cell(name, row, row["matched"][target][metric], more) for metric, _, more in COMPARED]
-            lines.append(f"| {label(name, row)} | {' | '.join(cells)} | {report.plain(row['own_kl'])} |")
+            rows.append([label(name, row), *cells, report.plain(row["own_kl"])])
+        titles = ["preset", *(title for _, title, _ in COMPARED), "KL at its own beta"]
+        lines += ["", f"## {key[0]}, {key[1]} preferences a context, {key[2]}", "", *table(titles, rows)]
     text = "\n".join(lines) + "\n" + plots_section({"comparison": caption})
     write_files(options.output_dir, finite(results), text, {"comparison": plot(settings, target)})
     return text

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import asdict
-from statistics import NormalDist
 
 import numpy as np
 from experiment import METHODS
 from matplotlib.figure import Figure
 
-from reporting import finite, plots_section, write_files
+import stats
+from reporting import finite, plots_section, table, write_files
+from stats import mean_and_half, spearman
 
 # Key in METRICS of experiment.py, name in the table and on the axes, and whether more is better.
 COMPARED = (
@@ -33,47 +34,14 @@ GREEN = "#2a7f3f"
 # ---- numbers -------------------------------------------------------------------------------------------------------
 
 
-def half_width(values):
-    """Half of the 95% t interval of the mean over the first axis (the seeds, at least five).
-
-    The t quantile by its Cornish-Fisher series, which is right to 0.3% from four degrees of freedom on.
-    """
-    z, v = NormalDist().inv_cdf(0.975), len(values) - 1
-    quantile = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-    quantile += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-    return quantile * np.std(values, axis=0, ddof=1) / math.sqrt(len(values))
-
-
-def mean_and_half(values):
-    """{"mean", "half"} over the first axis, as lists."""
-    return {"mean": np.mean(values, axis=0).tolist(), "half": half_width(values).tolist()}
-
-
 def at_kl(kl, values, reference, target):
-    """Values of a method's policies at the target KL, between the largest beta that spends it and the next one.
-
-    Linear in the root of the KL, in which the metrics are nearly straight; from the reference, whose KL is 0.
+    """:func:`stats.at_kl` of a method: between the largest beta that spends the target and the next one.
 
     Args:
         kl: [B, S] by rising beta. values: [B, S, ...]. reference: [S, ...] at KL 0.
-
-    Returns:
-        [S, ...], NaN for a seed no policy of which spends the target.
     """
     kl = np.concatenate([np.zeros_like(kl[:1]), kl[::-1]])
-    values = np.concatenate([reference[None], values[::-1]])
-    above, seeds = np.argmax(kl >= target, axis=0), np.arange(kl.shape[1])
-    below = np.maximum(above - 1, 0)
-    low, high = np.sqrt(np.maximum(kl[below, seeds], 0)), np.sqrt(kl[above, seeds])
-    share = np.full(len(seeds), np.nan)
-    np.divide(math.sqrt(target) - low, high - low, out=share, where=above > 0)
-    share = share.reshape(-1, *[1] * (values.ndim - 2))
-    return values[below, seeds] * (1 - share) + values[above, seeds] * share
-
-
-def spearman(first, second):
-    """Rank correlation of two vectors without ties."""
-    return float(np.corrcoef(np.argsort(np.argsort(first)), np.argsort(np.argsort(second)))[0, 1])
+    return stats.at_kl(kl, np.concatenate([reference[None], values[::-1]]), target)
 
 
 def estimate_summary(raw, true):
@@ -199,21 +167,20 @@ def _table(settings, estimates, options):
     """The tables of results.md: the estimate, and every setting at the middle KL."""
     lines = ["# Bandit", "", f"Means and 95% t intervals over {options.num_seeds} seeds.", ""]
     lines += ["## The dispersion estimate", ""]
-    lines += ["| distance | rank correlation with the truth | R2 with the best scale | best scale |", "|---" * 4 + "|"]
-    for distance, found in estimates.items():
-        cells = [plain(found[name]) for name in ("spearman", "r2", "scale")]
-        lines.append(f"| {distance} | " + " | ".join(cells) + " |")
+    titles = ["distance", "rank correlation with the truth", "R2 with the best scale", "best scale"]
+    names = ("spearman", "r2", "scale")
+    lines += table(titles, [[distance, *(plain(row[name]) for name in names)] for distance, row in estimates.items()])
     target = middle(options.kl_targets)
     lines += ["", f"## At a KL of {target} nats to the reference, averaged over contexts", ""]
     lines += ["DPO's rows: means. The others: difference to DPO, seed by seed; ▲ better, ▼ worse beyond the interval."]
-    heading = None
+    rows = {}
     for (distance, preferences, optimizer), setting in settings.items():
-        if heading != (heading := f"### {distance}, {preferences} preferences a context"):
-            lines += ["", heading, "", f"| optimizer | method | {' | '.join(TITLES.values())} |"]
-            lines += ["|---" * (2 + len(TITLES)) + "|"]
-        for method, row in setting["matched"][str(target)].items():
-            cells = [cell(method, row[name], more) for name, _, more in COMPARED]
-            lines.append(f"| {optimizer} | {method} | " + " | ".join(cells) + " |")
+        rows.setdefault(f"### {distance}, {preferences} preferences a context", []).extend(
+            (optimizer, method, *(cell(method, row[name], more) for name, _, more in COMPARED))
+            for method, row in setting["matched"][str(target)].items()
+        )
+    for heading, found in rows.items():
+        lines += ["", heading, "", *table(["optimizer", "method", *TITLES.values()], found)]
     return "\n".join([*lines, ""])
 
 

@@ -21,8 +21,9 @@ import report
 import run
 
 from mallowspo import preset, presets
-from options import COMPOSITIONS, config_field
-from reporting import plots_section, write_files
+from methods import COMPOSITIONS
+from options import config_field
+from reporting import plots_section, table, write_files
 
 DPO = "dpo"
 AT_EQUAL = {"equal_steps": "equal steps", "equal_kl": "equal KL"}  # ways to compare with dpo
@@ -31,9 +32,9 @@ NOTES = (
     "Means over seeds, held-out prefixes and completions, with 95% percentile intervals from resampling seeds and "
     "prefixes together; with five seeds they are somewhat too narrow, and the pairs are the same in all.",
     "KL: nats a completion; a small one can come out negative. Gain: reward above the reference's. Equal steps: "
-    "against dpo at its own beta. Equal KL: against dpo's frontier, straight lines from the reference through its "
-    "betas, at the KL of the preset or, if dpo nowhere goes as far, at its largest, on the preset's own "
-    "line from the reference.",
+    "against dpo at its own beta. Equal KL: against dpo's frontier, from the reference through its betas, at the KL "
+    "of the preset or, if dpo nowhere goes as far, at its largest, on the preset's own way from the reference; both "
+    "are linear in the root of the KL.",
     "▲ higher, ▼ lower than dpo's, beyond the interval; bold: also beyond intervals that hold for all at once.",
 )
 CAPTION = "Dots are means, bars 95% intervals, each by itself; dotted: dpo at its own beta."
@@ -76,14 +77,14 @@ def summarise(runs):
     for made in runs:
         groups.setdefault((made["method"], made["beta"]), []).append(made)
     found = {key: report.measure(group, [run.MOVIE]) for key, group in groups.items()}
-    reference, dpo = found[run.REFERENCE, None], found[DPO, preset(DPO).beta]
+    reference, dpo = found[report.REFERENCE, None], found[DPO, preset(DPO).beta]
     resampling = report.Resampling.draw(*dpo["reward"].shape)
     rows = []
     for (method, beta), values in found.items():
         intervals = {name: resampling.interval(value) for name, value in values.items()}
         intervals["gain"] = resampling.interval(values["reward"] - reference["reward"])
         rows.append({"method": method, "beta": beta, **intervals, "minus_dpo": {}})
-    compared = [row for row in rows if row["method"] not in (run.REFERENCE, DPO)]
+    compared = [row for row in rows if row["method"] not in (report.REFERENCE, DPO)]
     differences = {way: [] for way in AT_EQUAL}
     for row in compared:
         gap = found[row["method"], row["beta"]]["reward"] - dpo["reward"]
@@ -136,16 +137,16 @@ def write_comparison(output_dir, runs, pairs, settings, versions):
     lines += ["", *(count(rows, way) for way in AT_EQUAL), ""]
     titles = ["preset", "beta", "KL", "gain", *(f"reward - dpo's, {way}" for way in AT_EQUAL.values())]
     titles += ["distinct-1", "tokens"]
-    lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    shown = []
     for row in rows:
         gain = f"reward {report.cell(row['reward'], 2)}"
-        if row["method"] != run.REFERENCE:
+        if row["method"] != report.REFERENCE:
             gain = report.cell(row["gain"], 2, "+")
         cells = [row["method"], "" if row["beta"] is None else f"{row['beta']:g}", report.cell(row["kl"], 1), gain]
         cells += [marked(row["minus_dpo"].get(way)) for way in AT_EQUAL]
         cells += [report.cell(row["distinct-1"], 2), f"{row['tokens']['mean']:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n" + plots_section({"comparison": CAPTION})
+        shown.append(cells)
+    text = "\n".join([*lines, *table(titles, shown)]) + "\n" + plots_section({"comparison": CAPTION})
     write_files(output_dir, results, text, {"comparison": plot(rows)})
     return text
 
@@ -171,7 +172,7 @@ def marked(gap):
 
 def plot(rows):
     """A row a preset: KL, gain, differences to dpo in two colours, distinct-1."""
-    rows = [row for row in rows if row["method"] != run.REFERENCE]
+    rows = [row for row in rows if row["method"] != report.REFERENCE]
     dpo = next(row for row in rows if (row["method"], row["beta"]) == (DPO, preset(DPO).beta))
     figure = Figure(figsize=(13, 1.5 + 0.22 * len(rows)), layout="constrained")
     panels = figure.subplots(1, 4, sharey=True)
@@ -206,8 +207,9 @@ def plot(rows):
 def main(arguments=None):
     recipe, training, points = run.parse_arguments(arguments, Options, points_of)
     shared = run.prepare(recipe, training)
-    runs = run.train_and_evaluate(shared, points, [run.MOVIE])
-    print(write_comparison(training.output_dir, runs, shared.pairs, *run.record(recipe, training)))
+    rows, pairs = run.collect_pairs(shared)
+    runs = run.train_and_evaluate(shared, rows, points, [run.MOVIE])
+    print(write_comparison(training.output_dir, runs, pairs, *run.record(recipe, training)))
     print(f"written to {training.output_dir}")
 
 

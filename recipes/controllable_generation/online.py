@@ -12,7 +12,7 @@ interrupted goes on at its round. Writes results.json, results.md, discriminator
 import io
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from datasets import disable_progress_bars
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what the recipes share
@@ -34,12 +34,11 @@ import run
 import sampling
 
 import models
-from mallowspo import MallowsConfig
 from mallowspo.adapters import add_adapter
-from mallowspo.modeling import attach_token_stats
-from options import check_at_least_one, check_positive, config_field
+from methods import check_one_reference, training_facts
+from options import check_at_least_one, check_positive, config_field, ends_the_script
 from reporting import package_versions
-from stages import Stages, digest, read_checked, write_checked
+from stages import digest, read_checked, write_checked
 
 # What is asked for gold (the least certain pairs, any, or every one), and whether the discriminator orders the rest.
 LABELLINGS = {
@@ -81,6 +80,7 @@ class Method(NamedTuple):
         return f"{self.loss} {self.number:g}" + (f", {self.labelling}" if self.labelling else "")
 
 
+@ends_the_script
 def parse_arguments(arguments=None):
     """(Options, MallowsConfig, methods).
 
@@ -88,6 +88,7 @@ def parse_arguments(arguments=None):
         ValueError: of ``run.parse_arguments``, and for numbers out of range.
     """
     recipe, training, grid = run.parse_arguments(arguments, Options)
+    check_one_reference(method for method, _ in grid)
     check_at_least_one(recipe, "rounds", "gold", "lora_rank")
     if training.max_steps < 1:
         raise ValueError(f"max_steps, the updates of a round, must be at least 1, got {training.max_steps}")
@@ -112,19 +113,16 @@ def parse_arguments(arguments=None):
 # ---- one training --------------------------------------------------------------------------------------------------
 
 
-class Task(NamedTuple):
+@dataclass
+class Task(run.Shared):
     """What all trainings share."""
 
-    recipe: Options
-    training: MallowsConfig
-    folder: Path  # of the stages
-    name: str  # the reference's folder or hub name
-    reference: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    reward: Callable  # from texts to numbers
     features: Callable  # from texts to [N, D]
-    train: list  # prefixes of all rounds
-    held_out: dict  # {domain: prefixes}
+
+    @property
+    def held_out(self):
+        """{the movies: prefixes}."""
+        return {run.MOVIE: self.split["held out"][run.MOVIE]}
 
 
 def policy_of(task, state, seed):
@@ -145,7 +143,7 @@ def play_round(task, method, seed, state):
     recipe, training, tokenizer = task.recipe, task.training, task.tokenizer
     number = len(state["records"])
     chance = 1000 * seed + number  # the same for every method
-    prefixes = task.train[number :: recipe.rounds]
+    prefixes = task.split["train"][number :: recipe.rounds]
     model = policy_of(task, state, seed)
     drawn = sampling.sample(model, tokenizer, prefixes, recipe.samples, recipe.max_new_tokens, chance)
     rewards = preferences.score(task.reward, prefixes, drawn)
@@ -209,27 +207,17 @@ def train(task, method, seed, path, bar):
 
 
 def set_up(recipe, training):
-    """(Task, Stages): the prefixes and the tuned reference, kept as run.py keeps them."""
-    folder = Path(training.output_dir) / "stages"
-    stages = Stages(folder)
-    reward = preferences.load_reward(recipe.reward, recipe.reward_label, training.device)
-    sizes = [recipe.dataset, recipe.prefix_words, recipe.train_prefixes, recipe.eval_prefixes, recipe.sft_texts]
-    split = stages.value("prefixes", [*sizes, training.seed], lambda: run.split_reviews(recipe, training.seed))
-    name = run.tuned_reference(recipe, training, split["tune"], stages)
-    reference = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(training.device).eval()
-    attach_token_stats(reference)
-    held_out = {run.MOVIE: split["held out"][run.MOVIE]}
-    fixed = [name, reference, run.load_tokenizer(name), reward, judges.EmbeddingJudge(training.device).embed]
-    return Task(recipe, training, folder, *fixed, split["train"], held_out), stages
+    """The Task: the prefixes and the tuned reference, kept as run.py keeps them."""
+    features = judges.EmbeddingJudge(training.device).embed
+    return Task(**vars(run.prepare(recipe, training)), features=features)
 
 
 def main(arguments=None):
     recipe, training, methods = parse_arguments(arguments)
-    task, stages = set_up(recipe, training)
-    shared = {"model": run.model_digest(task.name), "held out": task.held_out, "samples": recipe.eval_samples}
-    shared |= {"tokens": recipe.max_new_tokens, "reward": [run.model_digest(recipe.reward), recipe.reward_label]}
+    task = set_up(recipe, training)
+    stages, shared = task.stages, task.evaluation_facts(task.held_out)
     sizes = ("rounds", "gold", "penalty", "gae_lambda", "samples", "min_gap", "lora_rank")
-    facts = {"sizes": {name: getattr(recipe, name) for name in sizes}, "train": task.train}
+    facts = {"sizes": {name: getattr(recipe, name) for name in sizes}, "train": task.split["train"]}
     seeds, starts, runs = range(training.seed, training.seed + recipe.seeds), [], []
     with tqdm(total=len(seeds) * len(methods) * recipe.rounds, desc="rounds") as bar:
         for seed in seeds:  # seed by seed, so that an interrupted run has whole seeds
@@ -238,15 +226,15 @@ def main(arguments=None):
             starts.append({"domains": start})
             for method in methods:
                 bar.set_postfix_str(f"{method}, seed {seed}")
-                settings = run.training_facts(replace(training, seed=seed))
+                settings = training_facts(replace(training, seed=seed))
                 inputs = shared | facts | {"method": list(method), "training": settings}
                 path, done = task.folder / f"online-{digest(inputs)[:12]}.pt", bar.n
                 records = stages.value("online", inputs, lambda m=method, s=seed, p=path: train(task, m, s, p, bar))
                 path.unlink(missing_ok=True)
                 bar.update(done + recipe.rounds - bar.n)  # where nothing was left to do
                 runs.append({"method": str(method), "study": method.study, "seed": seed, "records": records})
-    settings = {"recipe": asdict(recipe), "training": training.to_sanitized_dict()}
-    versions = package_versions("torch", "transformers", "datasets", "peft", judges.EMBEDDING_PACKAGE)
+    settings, versions = run.record(recipe, training)
+    versions |= package_versions(judges.EMBEDDING_PACKAGE)
     print(online_report.write_report(training.output_dir, starts, runs, settings, versions))
     print(f"written to {training.output_dir}")
 

@@ -4,9 +4,10 @@ import numpy as np
 import report
 from matplotlib.figure import Figure
 
-from reporting import plots_section, t_975, write_files
+from reporting import plots_section, table, write_files
+from reviews import MOVIE
+from stats import half_width
 
-MOVIE = "movie review"
 TITLES = {"discriminator": "Discriminator-guided rounds", "advantages": "Learning from advantages"}
 COLORS = ("#222222", "#0b62a4", "#d1570d", "#2a7f3f")
 STYLES = ("-", "--", "-.", ":")
@@ -71,8 +72,8 @@ def _labels(records):
     if not judged.all():
         return counts | {"right": None, "half": None}
     shares = right / judged
-    half = t_975(len(shares) - 1) * shares.std(ddof=1) / len(shares) ** 0.5 if len(shares) > 1 else None
-    return counts | {"right": float(shares.mean()), "half": None if half is None else float(half)}
+    half = float(half_width(shares)) if len(shares) > 1 else None
+    return counts | {"right": float(shares.mean()), "half": half}
 
 
 def write_report(output_dir, starts, runs, settings, versions):
@@ -101,23 +102,22 @@ def tables(studies, seeds):
     for name, study in studies.items():
         first = next(iter(study))
         head = [f"reward, round {rounds}", "gain", f"minus {first}", "KL", f"minus {first}", "tokens"]
-        lines += [f"\n## {TITLES[name]}\n", ABOUT[name] + "\n", f"| method | {' | '.join(head)} |"]
-        lines += ["|---|" + "---|" * len(head)]
+        rows, labelled = [], []
         for method, values in study.items():
             last, gaps = values["rounds"][-1], values["minus_first"]
             minus = ["", ""] if method == first else [report.cell(gaps[key], 3, "+") for key in ("reward", "kl")]
             cells = [report.cell(last["reward"], 3), report.cell(last["gain"], 3, "+"), minus[0]]
             cells += [report.cell(last["kl"], 2), minus[1], f"{last['tokens']['mean']:.1f}"]
-            lines.append(f"| {method} | {' | '.join(cells)} |")
-        if any(values["labels"] for values in study.values()):
-            lines += ["\n| method | pairs | asked | ties of these | silver | trained on | right |"]
-            lines += ["|---|---|---|---|---|---|---|"]
-        for method, values in study.items():
+            rows.append([method, *cells])
             if counts := values["labels"]:
                 cells = [f"{counts[key]:.1f}" for key in ("pairs", "asked", "ties", "silver", "rows")]
                 share = "" if counts["right"] is None else f"{counts['right']:.2f}"
                 share += "" if counts["half"] is None else f" ± {counts['half']:.2f}"
-                lines.append(f"| {method} | {' | '.join([*cells, share])} |")
+                labelled.append([method, *cells, share])
+        lines += [f"\n## {TITLES[name]}\n", ABOUT[name] + "\n", *table(["method", *head], rows)]
+        if labelled:
+            titles = ["method", "pairs", "asked", "ties of these", "silver", "trained on", "right"]
+            lines += ["", *table(titles, labelled)]
     return "\n".join(lines) + "\n" + plots_section(dict.fromkeys(studies, CAPTION))
 
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from reporting import write_files
+from reporting import table, write_files
+from stats import at_kl, crossed_shares, percentiles
 
 RESAMPLES = 2000
 REFERENCE = "reference"
@@ -41,11 +42,10 @@ class Resampling(NamedTuple):
 
     @classmethod
     def draw(cls, seeds, prefixes):
-        """Both drawn with replacement, independently; the same for the same numbers, so that points stay paired."""
+        """Both of :func:`stats.crossed_shares`."""
         if min(seeds, prefixes) < 3:
             return cls(None, None)
-        generator = np.random.default_rng(0)
-        return cls(*(generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n for n in (seeds, prefixes)))
+        return cls(*crossed_shares(seeds, prefixes, RESAMPLES))
 
     def means(self, values):
         """[R] resampled means of values [S, P], or of [S] over the seeds alone."""
@@ -60,7 +60,7 @@ class Resampling(NamedTuple):
 
 def summary(mean, resampled):
     """{"mean", "low", "high"}: a 95% percentile interval, None without resampled means."""
-    low, high = (None, None) if resampled is None else map(float, np.quantile(resampled, [0.025, 0.975]))
+    low, high = (None, None) if resampled is None else percentiles(resampled)
     return {"mean": float(mean), "low": low, "high": high}
 
 
@@ -102,7 +102,7 @@ def summarise(runs):
         of the reference on the same prefixes) and ``seeds``, the means of reward and KL of each. A comparison of a
         plug-in with its host has ``domain``, ``method``, ``host`` and either ``beta`` with the differences in reward
         and KL, or ``at_kl`` with the difference in reward on the two frontiers there, at the largest KL that both
-        reach: a frontier is straight lines from the reference at KL 0 from point to point.
+        reach: a frontier goes from the reference at KL 0 from point to point, linear in the root of the KL.
     """
     names = list(runs[0]["domains"])
     groups = {name: [name] for name in names} | ({OUT: names[1:]} if len(names) > 2 else {})
@@ -132,24 +132,25 @@ def summarise(runs):
 def frontier_gap(found, method, host, resampling):
     """Reward of the method minus that of its host at the largest KL that both reach: (KL, gap, [R] resampled gaps).
 
+    Every resampling has its own largest KL, as every data set has.
+
     Args:
         found: {(method, beta): of :func:`measure`}, with the reference. resampling: without weights the last is None.
     """
 
-    def curve(name, mean):
-        chosen = [values for (other, _), values in found.items() if other in (name, REFERENCE)]
-        return np.array([[mean(values["kl"]), mean(values["reward"])] for values in chosen])  # [points, 2, ...]
+    def gap(mean):
+        curves = []
+        for name in (method, host):
+            points = [values for (other, _), values in found.items() if other in (name, REFERENCE)]
+            kl, reward = (np.array([mean(values[key]) for values in points]) for key in ("kl", "reward"))
+            order = np.argsort(kl, axis=0)
+            curves.append([np.take_along_axis(values, order, 0) for values in (kl, reward)])
+        at = np.minimum(*(kl[-1] for kl, _ in curves))
+        ours, theirs = (at_kl(kl, reward, at) for kl, reward in curves)
+        return at, ours - theirs
 
-    def height(points, at):
-        return np.interp(at, *points[np.argsort(points[:, 0])].T)
-
-    curves = [curve(name, np.mean) for name in (method, host)]
-    at = min(points[:, 0].max() for points in curves)
-    gap, resampled = height(curves[0], at) - height(curves[1], at), None
-    if resampling.seeds is not None:
-        both = [np.moveaxis(curve(name, resampling.means), 2, 0) for name in (method, host)]
-        resampled = np.array([height(ours, at) - height(theirs, at) for ours, theirs in zip(*both, strict=True)])
-    return float(at), gap, resampled
+    (at,), (mean,) = gap(lambda values: [values.mean()])
+    return float(at), float(mean), None if resampling.seeds is None else gap(resampling.means)[1]
 
 
 def describe_pairs(rows, dropped, prefixes, completions, rewards):
@@ -215,27 +216,23 @@ def _tables(points, comparisons, pairs, seeds):
         *(f"\n![{caption}]({name}.png)" for name, caption in CAPTIONS.items()),
     ]
     for domain in dict.fromkeys(point["domain"] for point in points):
-        lines += [
-            f"\n## {domain}\n",
-            "| method | beta | reward | gain over the reference | KL | distinct-1 | distinct-2 | tokens |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
+        rows = []
         for p in points:
             if p["domain"] == domain:
                 gain = "" if p["method"] == REFERENCE else cell(p["gain"], 3, "+")
                 cells = [cell(p["reward"], 3), gain, cell(p["kl"], 2), cell(p["distinct-1"], 2)]
                 beta = "" if p["beta"] is None else f"{p['beta']:g}"
-                lines.append(
-                    f"| {p['method']} | {beta} | {' | '.join(cells)} | {p['distinct-2']['mean']:.2f} | "
-                    f"{p['tokens']['mean']:.1f} |"
-                )
-        rows = [row for row in comparisons if row["domain"] == domain]
-        if rows:
-            lines += ["\n| plug-in - host | at | difference in reward | difference in KL |", "|---|---|---|---|"]
-        for row in rows:
+                ends = f"{p['distinct-2']['mean']:.2f}", f"{p['tokens']['mean']:.1f}"
+                rows.append([p["method"], beta, *cells, *ends])
+        titles = ["method", "beta", "reward", "gain over the reference", "KL", "distinct-1", "distinct-2", "tokens"]
+        lines += [f"\n## {domain}\n", *table(titles, rows)]
+        rows = []
+        for row in (row for row in comparisons if row["domain"] == domain):
             at, kl = f"KL {row['at_kl']:.2f}" if "at_kl" in row else f"beta {row['beta']:g}", row.get("kl")
             cells = cell(row["reward"], 3, "+"), cell(kl, 2, "+") if kl else "0, by interpolation"
-            lines.append(f"| {row['method']} - {row['host']} | {at} | {' | '.join(cells)} |")
+            rows.append([f"{row['method']} - {row['host']}", at, *cells])
+        if rows:
+            lines += ["", *table(["plug-in - host", "at", "difference in reward", "difference in KL"], rows)]
     return "\n".join(lines) + "\n"
 
 

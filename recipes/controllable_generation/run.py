@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from datasets import disable_progress_bars, load_dataset
@@ -28,20 +27,27 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # what the recipes share
 import preferences
 import report
 import sampling
-from training import ShowSteps, train, training_facts, training_of
+from report import REFERENCE
+from training import ShowSteps, train, training_of
 
 import methods
 import models
 import reviews
-from mallowspo import MallowsConfig, preset, presets
+from mallowspo import MallowsConfig, presets
 from mallowspo.adapters import add_adapter
 from mallowspo.modeling import attach_token_stats
-from options import check_at_least_one, check_not_negative, check_positive, config_field, parse_options
+from options import (
+    check_at_least_one,
+    check_not_negative,
+    check_positive,
+    config_field,
+    ends_the_script,
+    parse_options,
+)
 from reporting import package_versions
+from reviews import MOVIE
 from stages import Stages, digest, folder_digest
 
-MOVIE, *OTHERS = reviews.DOMAINS
-REFERENCE = "reference"
 SFT_BATCH_SIZE = 8
 
 
@@ -78,6 +84,7 @@ class RecipeArguments:
     lora_rank: int = field(default=16, metadata={"help": "Train LoRA adapters of this rank; 0: every weight."})
 
 
+@ends_the_script
 def parse_arguments(arguments=None, kind=RecipeArguments, points_of=lambda grid: grid):
     """(RecipeArguments or one of its kind, methods.SharedConfig, runs); runs are (preset, beta).
 
@@ -220,31 +227,9 @@ def evaluate(model, reference, tokenizer, reward, recipe, held_out, seed):
 # ---- the whole -----------------------------------------------------------------------------------------------------
 
 
-def collect_pairs(recipe, prefixes, reference, identity, tokenizer, reward, seed, stages):
-    """The stages sample, score and pair: (rows to train on, what they say of themselves)."""
-    completions = stages.chunks(
-        "sample",
-        {"model": identity, "samples": recipe.samples, "tokens": recipe.max_new_tokens, "seed": seed},
-        prefixes,
-        recipe.sample_batch_size,
-        lambda chunk, start: sampling.sample(
-            reference, tokenizer, chunk, recipe.samples, recipe.max_new_tokens, seed + start
-        ),
-    )
-    rewards = stages.chunks(
-        "score",
-        {"reward": [model_digest(recipe.reward), recipe.reward_label]},
-        list(zip(prefixes, completions, strict=True)),
-        recipe.sample_batch_size,
-        lambda chunk, start: preferences.score(reward, *zip(*chunk, strict=True)),
-    )
-    found = [prefixes, completions, rewards, tokenizer.eos_token, recipe.min_gap]
-    rows, dropped = stages.value("pair", found, lambda: preferences.make_pairs(*found))
-    return rows, report.describe_pairs(rows, dropped, prefixes, completions, rewards)
-
-
-class Shared(NamedTuple):
-    """What every training of a run starts from."""
+@dataclass
+class Shared:
+    """What every training starts from, online ones too."""
 
     recipe: RecipeArguments
     training: MallowsConfig
@@ -255,12 +240,16 @@ class Shared(NamedTuple):
     name: str  # the reference's folder or hub name
     tokenizer: PreTrainedTokenizerBase
     reference: PreTrainedModel
-    rows: list  # the pairs
-    pairs: dict  # of report.describe_pairs
+
+    def evaluation_facts(self, held_out):
+        """What an evaluation on the prefixes of a dict by domain depends on, beside the model and the seed."""
+        recipe = self.recipe
+        facts = {"model": model_digest(self.name), "held out": held_out, "samples": recipe.eval_samples}
+        return facts | {"tokens": recipe.max_new_tokens, "reward": [model_digest(recipe.reward), recipe.reward_label]}
 
 
 def prepare(recipe, training):
-    """All stages before the trainings: Shared."""
+    """The prefixes, the reward and the tuned reference: Shared."""
     folder = Path(training.output_dir) / "stages"
     stages = Stages(folder)
     reward = preferences.load_reward(recipe.reward, recipe.reward_label, training.device)
@@ -271,10 +260,34 @@ def prepare(recipe, training):
     tokenizer = load_tokenizer(name)
     reference = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(training.device).eval()
     attach_token_stats(reference)
-    found = [reference, model_digest(name), tokenizer, reward]
-    rows, pairs = collect_pairs(recipe, split["train"], *found, training.seed, stages)
+    return Shared(recipe, training, stages, folder, split, reward, name, tokenizer, reference)
+
+
+def collect_pairs(shared):
+    """The stages sample, score and pair: (rows to train on, what they say of themselves)."""
+    recipe, stages, seed = shared.recipe, shared.stages, shared.training.seed
+    prefixes, tokenizer = shared.split["train"], shared.tokenizer
+    completions = stages.chunks(
+        "sample",
+        {"model": model_digest(shared.name), "samples": recipe.samples, "tokens": recipe.max_new_tokens, "seed": seed},
+        prefixes,
+        recipe.sample_batch_size,
+        lambda chunk, start: sampling.sample(
+            shared.reference, tokenizer, chunk, recipe.samples, recipe.max_new_tokens, seed + start
+        ),
+    )
+    rewards = stages.chunks(
+        "score",
+        {"reward": [model_digest(recipe.reward), recipe.reward_label]},
+        list(zip(prefixes, completions, strict=True)),
+        recipe.sample_batch_size,
+        lambda chunk, start: preferences.score(shared.reward, *zip(*chunk, strict=True)),
+    )
+    found = [prefixes, completions, rewards, tokenizer.eos_token, recipe.min_gap]
+    rows, dropped = stages.value("pair", found, lambda: preferences.make_pairs(*found))
+    pairs = report.describe_pairs(rows, dropped, prefixes, completions, rewards)
     print(report.describe(pairs))
-    return Shared(recipe, training, stages, folder, split, reward, name, tokenizer, reference, rows, pairs)
+    return rows, pairs
 
 
 def second_reference(shared):
@@ -289,28 +302,26 @@ def second_reference(shared):
     return tuned_reference(shared.recipe, another, shared.split["tune"], shared.stages)
 
 
-def train_and_evaluate(shared, points, domains):
+def train_and_evaluate(shared, rows, points, domains):
     """The runs that ``report.summarise`` takes: of the reference and of each (preset, beta), for every seed.
 
     Args:
-        shared: of :func:`prepare`. domains: those whose held-out prefixes are completed.
+        shared: of :func:`prepare`. rows: of :func:`collect_pairs`.
+        domains: those whose held-out prefixes are completed.
     """
-    recipe, training, stages, folder = shared[:4]
-    identity, runs = model_digest(shared.name), []
-    rewarded = [model_digest(recipe.reward), recipe.reward_label]
+    recipe, training, folder, runs = shared.recipe, shared.training, shared.folder, []
     held_out = {domain: shared.split["held out"][domain] for domain in domains}
+    facts = shared.evaluation_facts(held_out)
     # Seed by seed, so that an interrupted run has whole seeds.
     jobs = [(training.seed + i, *point) for i in range(recipe.seeds) for point in [(REFERENCE, None), *points]]
     for seed, method, beta in (bar := tqdm(jobs, desc="train and evaluate")):
         name = f"{method} {beta or ''} seed {seed}"
         bar.set_postfix_str(name)
-        inputs, settings, second = {"method": method, "seed": seed, "model": identity}, None, None
-        inputs |= {"held out": held_out, "samples": recipe.eval_samples, "tokens": recipe.max_new_tokens}
-        inputs |= {"reward": rewarded}
+        inputs, settings, second = facts | {"method": method, "seed": seed}, None, None
         if method != REFERENCE:
             settings = training_of(training, method, beta, seed, folder)
-            inputs |= {"training": training_facts(settings), "rank": recipe.lora_rank, "pairs": shared.rows}
-            if preset(method).reference_weights is not None:
+            inputs |= {"training": methods.training_facts(settings), "rank": recipe.lora_rank, "pairs": rows}
+            if methods.mixes_references(method):
                 second = second_reference(shared)
                 inputs["second"] = model_digest(second)
             place = f"{method}-{beta}-{seed}-{digest(inputs)[:12]}"
@@ -319,13 +330,13 @@ def train_and_evaluate(shared, points, domains):
         def job(seed=seed, settings=settings, second=second, name=name):
             model, log = shared.reference, {}
             if settings is not None:
-                given = shared.name, shared.tokenizer, shared.rows, settings, recipe.lora_rank, second
+                given = shared.name, shared.tokenizer, rows, settings, recipe.lora_rank, second
                 model, log = train(*given, [ShowSteps(bar, name)])
             bar.set_postfix_str(f"{name}, evaluation")
             found = evaluate(model, shared.reference, shared.tokenizer, shared.reward, recipe, held_out, seed)
             return {"domains": found, "log": log}
 
-        runs.append({"method": method, "beta": beta, "seed": seed} | stages.value("run", inputs, job))
+        runs.append({"method": method, "beta": beta, "seed": seed} | shared.stages.value("run", inputs, job))
         if settings is not None and Path(settings.output_dir).exists():
             shutil.rmtree(settings.output_dir)  # checkpoints, which only an interrupted job needs
     return runs
@@ -340,8 +351,9 @@ def record(recipe, training):
 def main(arguments=None):
     recipe, training, grid = parse_arguments(arguments)
     shared = prepare(recipe, training)
-    runs = train_and_evaluate(shared, grid, reviews.DOMAINS)
-    print(report.write_report(training.output_dir, runs, shared.pairs, *record(recipe, training)))
+    rows, pairs = collect_pairs(shared)
+    runs = train_and_evaluate(shared, rows, grid, reviews.DOMAINS)
+    print(report.write_report(training.output_dir, runs, pairs, *record(recipe, training)))
     print(f"written to {training.output_dir}")
 
 

@@ -64,10 +64,3 @@ def train(reference, tokenizer, rows, training, rank, second=None, callbacks=())
         raise ValueError(f"a checkpoint in {training.output_dir} is corrupt ({error}); delete that folder") from error
     logs = [log for log in trainer.state.log_history if "loss" in log]
     return unprepared(trainer.model), logs[-1] if logs else {}
-
-
-def training_facts(settings):
-    """What of a MallowsConfig the trained weights depend on: all but names of places and what is shown."""
-    shown = ("output_dir", "reference_cache_dir", "run_name", "disable_tqdm", "report_to")
-    facts = {name: value for name, value in settings.to_dict().items() if not name.startswith("logging_")}
-    return {name: value for name, value in facts.items() if name not in shown}

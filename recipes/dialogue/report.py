@@ -6,7 +6,8 @@ from collections import defaultdict
 import numpy as np
 from matplotlib.figure import Figure
 
-from reporting import finite, ranks, write_files
+from reporting import finite, table, write_files
+from stats import correlation, percentiles, ranks, resampled_shares, wins
 
 RESAMPLES = 2000
 
@@ -47,11 +48,6 @@ METRICS = (
 )
 
 
-def wins(first, second):
-    """1 where first > second, 1/2 where equal, else 0."""
-    return (np.sign(first - second) + 1) / 2
-
-
 def clustered_mean(values, clusters, seed=0):
     """Mean of values and its 95% interval from resampling clusters: pairs of one prompt are not independent.
 
@@ -67,9 +63,8 @@ def clustered_mean(values, clusters, seed=0):
     mean = float(values.mean())
     if len(sums) < 3:
         return mean, None, None
-    draws = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=RESAMPLES)
-    low, high = np.quantile((draws @ sums) / (draws @ counts), [0.025, 0.975])
-    return mean, float(low), float(high)
+    draws = resampled_shares(len(sums), RESAMPLES, np.random.default_rng(seed))
+    return mean, *percentiles((draws @ sums) / (draws @ counts))
 
 
 def clustered_share(wins, clusters):
@@ -171,10 +166,8 @@ def compare_with_human_order(topics, permutations=10_000, seed=0):
     index, human = (ranks(np.array(column)) for column in zip(*known, strict=True))
     if not index.std() or not human.std():
         return result
-    index, human = (((column - column.mean()) / column.std()) / math.sqrt(len(known)) for column in (index, human))
-    spearman = float(index @ human)
-    generator = np.random.default_rng(seed)
-    shuffled = np.array([generator.permutation(index) @ human for _ in range(permutations)])
+    spearman, generator = correlation(index, human), np.random.default_rng(seed)
+    shuffled = np.array([correlation(generator.permutation(index), human) for _ in range(permutations)])
     as_much = int((np.abs(shuffled) >= abs(spearman) - 1e-12).sum())
     return result | {"spearman": spearman, "p_value": (as_much + 1) / (permutations + 1)}
 
@@ -216,18 +209,16 @@ def write_report(output_dir, history, topics, settings, versions, saved_step=Non
 def _table(before, after, topics, order):
     intervals = "mean and 95% interval over prompts (accuracies: Wilson; others: bootstrap)"
     lines = ["# Dialogue", "", f"Held-out pairs: {intervals}.", ""]
-    lines += [f"| | before | after {after['step']} steps |", "|---|---|---|"]
-    for name, title in METRICS:
-        if name in after:
-            lines.append(f"| {title} | {interval(before, name)} | {interval(after, name)} |")
+    rows = [(title, interval(before, name), interval(after, name)) for name, title in METRICS if name in after]
+    lines += table(["", "before", f"after {after['step']} steps"], rows)
     lines += ["", "Topics by dispersion (phi near 0: people agree; near 1: they do not).", ""]
-    lines += ["| topic | phi | prompts | pairs | human level | held-out accuracy (pairs) |", "|---" * 6 + "|"]
+    rows = []
     for row in topics:
         accuracy, level = "-", row["human_level"] or "-"
         if row["held_out_pairs"]:
             accuracy = f"{row['held_out_accuracy']:.2f} ({row['held_out_pairs']})"
-        cells = (row["topic"], interval(row, "phi"), row["prompts"], row["pairs"], level, accuracy)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        rows.append((row["topic"], interval(row, "phi"), row["prompts"], row["pairs"], level, accuracy))
+    lines += table(["topic", "phi", "prompts", "pairs", "human level", "held-out accuracy (pairs)"], rows)
     return "\n".join([*lines, "", order_sentence(order), ""])
 
 

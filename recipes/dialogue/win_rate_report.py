@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from report import BLUE, GREY, ORANGE, interval
 
-from reporting import plots_section, write_files
+from reporting import plots_section, table, write_files
+from stats import crossed_shares, percentiles
 
 RESAMPLES = 1000
 ALL = "all"  # temperatures together
@@ -18,20 +19,6 @@ CAPTIONS = {
 PRIOR_SD = 3.0  # of the coefficients of the length control: keeps them finite where one side wins everything
 
 # ---- statistics ----------------------------------------------------------------------------------------------------
-
-
-def crossed_weights(seeds, prompts, seed=0):
-    """Bootstrap weights of a seeds x prompts table: rows and columns are drawn independently (pigeonhole bootstrap).
-
-    Comparisons that share a prompt or a trained model are not independent; drawing both with replacement counts either
-    and errs on the cautious side (Owen, The pigeonhole bootstrap, 2007).
-
-    Returns:
-        [RESAMPLES, seeds, prompts] float64, each draw with sum 1.
-    """
-    generator = np.random.default_rng(seed)
-    draws = [generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n for n in (seeds, prompts)]
-    return draws[0][:, :, None] * draws[1][:, None, :]
 
 
 def length_controlled(wins, differences, weights):
@@ -76,8 +63,10 @@ def summarise(wins, differences):
         (of win and difference; None where either is constant), ``comparisons``.
     """
     seeds, prompts, temperatures = wins.shape
-    weights = np.repeat(crossed_weights(seeds, prompts)[..., None] / temperatures, temperatures, axis=-1)
-    weights, even = weights.reshape(RESAMPLES, -1), np.full((1, wins.size), 1 / wins.size)
+    of_seeds, of_prompts = crossed_shares(seeds, prompts, RESAMPLES)
+    shares = (of_seeds[:, :, None] * of_prompts[:, None]).reshape(RESAMPLES, -1)
+    weights = np.repeat(shares / temperatures, temperatures, axis=1)
+    even = np.full((1, wins.size), 1 / wins.size)
     won, lengths = wins.ravel(), differences.ravel().astype(float)
     estimates = {
         "win_rate": (won.mean(), weights @ won),
@@ -85,7 +74,7 @@ def summarise(wins, differences):
     }
     summary = {}
     for name, (estimate, draws) in estimates.items():
-        low, high = np.quantile(draws, [0.025, 0.975]).tolist() if prompts >= 3 and seeds >= 2 else (None, None)
+        low, high = percentiles(draws) if prompts >= 3 and seeds >= 2 else (None, None)
         summary |= {name: float(estimate), f"{name}_low": low, f"{name}_high": high}
     constant = won.std() == 0 or lengths.std() == 0
     return summary | {
@@ -194,17 +183,13 @@ def evaluate(rows, temperatures, said, scores, verdicts):
 
 def write_report(output_dir, results):
     """Writes results.json, results.md, win_rates.png, length_bias.png, each whole; returns the text of results.md."""
-    text = table(results)
+    text = _text(results)
     figures = {"win_rates": plot_win_rates(results), "length_bias": plot_length_bias(results)}
     write_files(output_dir, results, text, figures)
     return text
 
 
-def _lines(columns, rows):
-    return [f"| {' | '.join(map(str, cells))} |" for cells in (columns, ["---"] * len(columns), *rows)]
-
-
-def table(results):
+def _text(results):
     """The text of results.md."""
     pairs = results["pairs"]
     without = "; ".join(f"{count} prompts without one: {reason}" for reason, count in pairs["prompts_without"].items())
@@ -233,7 +218,7 @@ def table(results):
         )
         for row in results["comparisons"]
     ]
-    lines += [*_lines(columns, rows), "", "Replies, means over prompts and seeds.", ""]
+    lines += [*table(columns, rows), "", "Replies, means over prompts and seeds.", ""]
     columns = ("model", "where", "temperature", "tokens", "came to an end", "judge's score")
     rows = [
         (
@@ -244,7 +229,7 @@ def table(results):
         )
         for row in results["replies"]
     ]
-    return "\n".join([*lines, *_lines(columns, rows), plots_section(CAPTIONS)])
+    return "\n".join([*lines, *table(columns, rows), plots_section(CAPTIONS)])
 
 
 # ---- plots ---------------------------------------------------------------------------------------------------------

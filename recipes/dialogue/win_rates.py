@@ -31,14 +31,20 @@ import methods
 import models
 from mallowspo import MallowsConfig, MallowsTrainer, presets
 from mallowspo.modeling import load_model
-from options import check_at_least_one, check_not_negative, check_positive, config_field, list_field, parse_options
+from options import (
+    check_at_least_one,
+    check_not_negative,
+    check_positive,
+    config_field,
+    ends_the_script,
+    list_field,
+    parse_options,
+)
 from reporting import package_versions
 from stages import Stages, digest
 
 IN, OUT = "prompts held out", "topics held out"
 JUDGED_AT_A_TIME = 64  # a judge that fails loses no more answers than these
-# Arguments of the trainer that change no weight.
-_NO_MATTER = ("output_dir", "logging_dir", "run_name", "reference_cache_dir", "disable_tqdm", "report_to")
 
 
 @dataclass
@@ -94,15 +100,18 @@ class WinRateArguments:
                 raise ValueError(f"{name} must be one or more, each once, got {values}")
 
 
+@ends_the_script
 def parse_arguments(arguments=None):
     """(WinRateArguments, methods.SharedConfig); see options.parse_options.
 
     Raises:
-        ValueError: also for loss_type, for options that a method cannot have or that none reads.
+        ValueError: also for loss_type, for a method that needs a second reference, for options that a method cannot
+            have or that none reads.
     """
     recipe, training = parse_options((WinRateArguments, methods.SharedConfig), __doc__.split("\n")[0], arguments)
     if training.loss_type != MallowsConfig.loss_type:
         raise ValueError("loss_type is given by methods; leave it out")
+    methods.check_one_reference(recipe.methods)
     methods.check_methods(training, recipe.methods)
     return recipe, training
 
@@ -238,7 +247,6 @@ class Experiment:
         """The folder of a trained adapter, with training.json: its last log, {} where it was too short for one."""
         cache = str(Path(self.training.output_dir) / "stages" / "reference")
         settings = methods.config_of(self.training, method, seed=seed, reference_cache_dir=cache)
-        matter = {k: v for k, v in settings.to_sanitized_dict().items() if k not in _NO_MATTER}
 
         def train(folder):
             settings.output_dir = str(folder)
@@ -254,7 +262,7 @@ class Experiment:
             log = ([entry for entry in trainer.state.log_history if "loss" in entry] or [{}])[-1]
             (folder / "training.json").write_text(json.dumps(log))
 
-        inputs = [self.model_key, matter, self.arguments.lora_rank, pairs]
+        inputs = [self.model_key, methods.training_facts(settings), self.arguments.lora_rank, pairs]
         return self.stages.folder(f"{method}-seed-{seed}", inputs, train)
 
     def judge_replies(self, name, ask, rows, *sides):

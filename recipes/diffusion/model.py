@@ -1,11 +1,13 @@
 """A small denoising diffusion model of pictures: made, pretrained, tuned on preferences, sampled and measured."""
 
+import numpy as np
 import pictures
 import torch
 from tqdm.auto import tqdm
 
 from mallowspo import functional as F
 from models import package_folder
+from stats import wins
 
 
 def import_diffusers():
@@ -131,12 +133,8 @@ def tune(unet, reference, scheduler, pairs, neg_log_dispersion, *, link, beta, s
         loss.losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
-        yield loss.losses.mean().item(), wins(loss.chosen_rewards, loss.rejected_rewards).mean().item()
-
-
-def wins(first, second):
-    """1 where first > second, 1/2 where equal, else 0."""
-    return (torch.sign(first - second) + 1) / 2
+        rewards = loss.chosen_rewards.numpy(), loss.rejected_rewards.numpy()
+        yield loss.losses.mean().item(), wins(*rewards).mean().item()
 
 
 @torch.no_grad()
@@ -147,7 +145,7 @@ def compare(unet, reference, scheduler, pairs, timesteps, seed):
         pairs: ``pictures.Pairs``. timesteps: each pair is seen at this many, evenly spaced, with fresh noise.
 
     Returns:
-        (accuracy, distance), [pairs] each: whether the chosen picture's reward, the mean of dref - d over the
+        (accuracy, distance), arrays [pairs]: whether the chosen picture's reward, the mean of dref - d over the
         timesteps, is the larger one (a tie counts half); the mean squared difference of the two models' predictions.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -161,7 +159,7 @@ def compare(unet, reference, scheduler, pairs, timesteps, seed):
         error, ref_error, apart = (x.square().flatten(1).mean(1) for x in (own - noise, ref - noise, own - ref))
         rewards = rewards + (ref_error - error)
         distance = distance + apart / timesteps
-    return wins(*rewards.chunk(2)), sum(distance.chunk(2)) / 2
+    return wins(*np.split(rewards.numpy(), 2)), (sum(distance.chunk(2)) / 2).numpy()
 
 
 def load_model(folder):

@@ -1,12 +1,11 @@
 """The report of the diffusion recipe: means over the seeds with their intervals, tables, a JSON file and two plots."""
 
-import math
-
 import numpy as np
 import pictures
 from matplotlib.figure import Figure
 
-from reporting import t_975, write_files
+from reporting import table, write_files
+from stats import half_width
 
 # Name in a run, name of its column of shapes, title.
 MEASURES = (
@@ -24,8 +23,7 @@ def interval(values):
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 3:
         return float(values.mean()), None
-    quantile = t_975(min(len(values) - 1, 9))  # a little too wide for more than ten
-    return float(values.mean()), float(quantile * values.std(ddof=1) / math.sqrt(len(values)))
+    return float(values.mean()), float(half_width(values))
 
 
 def summarise(runs):
@@ -91,12 +89,11 @@ def tables(found, agreement, seeds):
     lines.append(f"{seeds} seed{'s' * (seeds > 1)}, {about}; a difference is taken seed by seed.")
     for measure, _, title in MEASURES:
         rows = found[measure]
-        methods = list(rows[ALL])
-        lines += ["", f"**{title}**", "", f"| shape (agreement) | {' | '.join(methods)} |"]
-        lines.append("|---" * (len(methods) + 1) + "|")
-        for name in rows:
-            cells = [_cell(value, plus=" - " in method) for method, value in rows[name].items()]
-            lines.append(f"| {_label(name, agreement)} | {' | '.join(cells)} |")
+        cells = [
+            [_label(name, agreement), *(_cell(value, plus=" - " in method) for method, value in row.items())]
+            for name, row in rows.items()
+        ]
+        lines += ["", f"**{title}**", "", *table(["shape (agreement)", *rows[ALL]], cells)]
     lines += ["", f"![{SAMPLES_CAPTION}](samples.png)", "", "![The tables as a plot.](measures.png)", ""]
     return "\n".join(lines)
 

@@ -29,7 +29,7 @@ import report
 from mallowspo import functional as F
 from mallowspo.choices import PAIR_CHOICES, operator_settings
 from mallowspo.dispersion import agreement_to_neg_log_dispersion, calibrated_scale
-from options import check_at_least_one, check_positive, config_field, list_field, parse_options
+from options import check_at_least_one, check_positive, config_field, ends_the_script, list_field, parse_options
 from reporting import package_versions
 from stages import Stages
 
@@ -62,6 +62,14 @@ class DiffusionArguments:
     sampling_steps: int = field(default=16, metadata={"help": "DDIM steps of a sample."})
     held_out_pairs: int = field(default=48, metadata={"help": "Pairs of the majority's order, drawn by each seed."})
     held_out_timesteps: int = field(default=4, metadata={"help": "Timesteps at which a held-out pair is scored."})
+
+
+@ends_the_script
+def parse_arguments(arguments=None):
+    """DiffusionArguments; see options.parse_options. Raises ValueError for options that no run can have, too."""
+    (found,) = parse_options((DiffusionArguments,), __doc__.split("\n")[0], arguments)
+    check_arguments(found)
+    return found
 
 
 def check_arguments(arguments):
@@ -141,8 +149,8 @@ def run_seed(arguments, unet, scheduler, link, seed):
     return {
         "preferred": (seen.warmth > 0).numpy(),
         "right_shape": (seen.shapes == shapes).numpy(),
-        "accuracy": accuracy.numpy(),
-        "distance": distance.numpy(),
+        "accuracy": accuracy,
+        "distance": distance,
         "sample_shapes": shapes.numpy(),
         "held_out_shapes": held_out.shapes.numpy(),
         "history": np.array(history).reshape(-1, 2),
@@ -151,8 +159,7 @@ def run_seed(arguments, unet, scheduler, link, seed):
 
 
 def main(argv=None):
-    (arguments,) = parse_options((DiffusionArguments,), __doc__.split("\n")[0], argv)
-    check_arguments(arguments)
+    arguments = parse_arguments(argv)
     output_dir = Path(arguments.output_dir)
     stages = Stages(output_dir / "stages")
     unet, scheduler = pretrained_model(arguments, stages)

@@ -16,6 +16,7 @@ from mallowspo import functional as F
 from mallowspo.collator import pad
 from mallowspo.dispersion import answer_log_odds, load_cache, save_cache
 from mallowspo.modeling import attach_token_stats, evaluating
+from mallowspo.token_weights import response_sums
 from models import model_key
 
 # The sentence as a completion of these: the first for the paper's index, the others for the contrast between them.
@@ -61,7 +62,7 @@ def sentence_stats(model, prompts, texts, batch_size, done=None):
         hidden = _hidden_states(model, batch)
         stats = model.get_output_embeddings()(hidden[batch["target_index"]], target_ids=batch["target_ids"])
         lengths = batch["num_tokens"]
-        sums = [torch.segment_reduce(values, "sum", lengths=lengths, axis=0) for values in stats]
+        sums = [response_sums(values, lengths) for values in stats]
         features = torch.segment_reduce(hidden[batch["target_index"] + 1], "mean", lengths=lengths, axis=0)
         columns = (sums[0], sums[1] / lengths, lengths, features)
         rows |= dict(zip(indices, zip(*(column.float().cpu() for column in columns), strict=True), strict=True))

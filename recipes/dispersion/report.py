@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from preference import DPO, METHODS, PEOPLE
 
 from mallowspo.dispersion import fit_log_odds
-from reporting import plots_section, ranks, t_975, write_files
+from reporting import plots_section, table, write_files
 from reviews import DOMAINS
+from stats import correlation, half_width, percentiles, ranks
 
 RESAMPLES = 1000
 BINS = 8
@@ -18,13 +19,6 @@ HALF, DISTANCE, SPREAD = "the other half of the raters", "distance of the mean s
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
-
-
-def correlation(first, second):
-    """Pearson's; 0 where either has only ties."""
-    first, second = first - first.mean(), second - second.mean()
-    size = math.sqrt((first @ first) * (second @ second))
-    return float(first @ second) / size if size else 0.0
 
 
 def people(pairs, seed=0):
@@ -91,8 +85,7 @@ def correlations(predicted, facts, domains, seed=0):
     ]
     result = {name: {} for name in names}
     for (name, what), number in value.items():
-        low, high = np.quantile([draw[name, what] for draw in draws], [0.025, 0.975])
-        result[name][what] = (number, float(low), float(high))
+        result[name][what] = (number, *percentiles([draw[name, what] for draw in draws]))
     return result
 
 
@@ -136,14 +129,14 @@ def calibration(predicted, agreement, seed=0):
                 constant[here] = agreement[other].mean()
             share = share.clip(0.5, 1 - 1e-6)
             gain = _likelihood(share, agreement) - _likelihood(constant, agreement)
-            low, high = np.quantile(gain[resamples].mean(1), [0.025, 0.975])
             bins = [
                 [float(share[rows].mean()), float(agreement[rows].mean()), _standard_error(agreement[rows])]
                 for rows in np.array_split(np.argsort(share, kind="stable"), min(BINS, len(index)))
             ]
             offset, slope = _fit(kind, index, agreement)
             fit = slope / 2 if kind == "scale" else (offset, slope)
-            result[name][kind] = {"gain": (float(gain.mean()), float(low), float(high)), "fit": fit, "bins": bins}
+            interval = (float(gain.mean()), *percentiles(gain[resamples].mean(1)))
+            result[name][kind] = {"gain": interval, "fit": fit, "bins": bins}
     return result
 
 
@@ -193,8 +186,8 @@ def domain_facts(pairs, predicted, facts):
 
 
 def _student(values):
-    half = t_975(len(values) - 1) * _standard_error(values)
-    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+    mean, half = float(values.mean()), float(half_width(values))
+    return mean, mean - half, mean + half
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -246,40 +239,35 @@ def _table(found, scaled, trained, of_domains, seeds):
     lines = ["# Human dispersion", "", "Means over the pairs of a domain; phi by the theta link, one rank apart.", ""]
     names = {"pairs": "", "raters": ".0f", "agreement": ".3f", "tied": ".3f", "real_phi": ".3f", "entropy": ".3f"}
     titles = ("pairs", "raters a sentence", "agreement", "tied", "real phi", "entropy / log V (the paper's phi)")
-    lines += [f"| domain | {' | '.join(titles)} |", "|---" * 7 + "|"]
-    for domain, row in of_domains.items():
-        lines.append(f"| {domain} | {' | '.join(format(row[name], form) for name, form in names.items())} |")
+    rows = [[domain, *(format(row[name], form) for name, form in names.items())] for domain, row in of_domains.items()]
+    lines += table(["domain", *titles], rows)
     lines += ["", "Spearman's correlation with the raters' agreement, 95% bootstrap intervals over pairs.", ""]
     columns = ["all", "gain", *of_domains, "untied", "scatter"]
     titles = {"gain": "over the paper's", "untied": "agreement without ties", "scatter": "scatter of the scores"}
-    lines += [
-        f"| index | {' | '.join(titles.get(what, what) for what in columns)} |",
-        "|---" * (1 + len(columns)) + "|",
-    ]
+    rows = []
     for name, row in found.items():
         left_out = {"gain"} if name == PAPER or name not in scaled else set()
         left_out |= {HALF: {"untied", "scatter"}, SPREAD: {"scatter"}}.get(name, set())
-        cells = ("-" if what in left_out else _interval(row[what]) for what in columns)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        rows.append([name, *("-" if what in left_out else _interval(row[what]) for what in columns)])
+    lines += table(["index", *(titles.get(what, what) for what in columns)], rows)
     lines += [
         "",
         "The index as a probability: gain in log-likelihood (millinats a vote) over the mean agreement alone.",
     ]
     lines += ["Scale, offset and slope are those of the other half of the pairs.", ""]
-    lines += ["| index | with a scale, as in the paper | with an offset and a slope >= 0 |", "|---" * 3 + "|"]
-    for name, row in scaled.items():
-        lines.append(f"| {name} | {' | '.join(_milli(row[kind]['gain']) for kind in ('scale', 'line'))} |")
+    rows = [[name, *(_milli(row[kind]["gain"]) for kind in ("scale", "line"))] for name, row in scaled.items()]
+    lines += table(["index", "with a scale, as in the paper", "with an offset and a slope >= 0"], rows)
     votes, tied = (np.mean([seed[what] for seed in seeds]) for what in ("votes", "tied"))
     lines += ["", f"Linear preference model, {len(seeds)} seeds, {votes:.0f} votes to train on ({tied:.0%} tied, left"]
     lines += [
         "out); untied votes of unseen raters on unseen sentences, mean and 95% interval over seeds. Gains over DPO"
     ]
     lines += ["in millinats a vote: with the dispersion told to the judge too, and used in training only.", ""]
-    lines += ["| dispersion | log-likelihood | gain, told | gain, training only | accuracy |", "|---" * 5 + "|"]
+    rows = []
     for method, row in trained.items():
         gains = ("-" if method == DPO or what not in row else _milli(row[what]) for what in ("gain", "gain_without"))
-        cells = (method, _interval(row["log_likelihood"], 4), *gains, _interval(row["accuracy"], 3, ""))
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append((method, _interval(row["log_likelihood"], 4), *gains, _interval(row["accuracy"], 3, "")))
+    lines += table(["dispersion", "log-likelihood", "gain, told", "gain, training only", "accuracy"], rows)
     return "\n".join([*lines, ""])
 
 

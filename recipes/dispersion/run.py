@@ -27,7 +27,7 @@ import report
 
 import models
 import reviews
-from options import check_at_least_one, config_field, parse_options
+from options import check_at_least_one, config_field, ends_the_script, parse_options
 from reporting import package_versions
 from stages import Stages
 
@@ -52,6 +52,7 @@ class RecipeArguments:
     held_out_pairs: int = field(default=1500, metadata={"help": "Pairs drawn for validation, and to judge."})
 
 
+@ends_the_script
 def parse_arguments(arguments=None):
     """RecipeArguments; see options.parse_options. Raises ValueError for numbers too small too."""
     (recipe,) = parse_options(RecipeArguments, __doc__.split("\n")[0], arguments)

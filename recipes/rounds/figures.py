@@ -2,7 +2,9 @@
 
 import numpy as np
 from matplotlib.figure import Figure
-from report import mean_and_half
+
+from reporting import table
+from stats import mean_and_half
 
 TITLES = {
     "accelerated": "Accelerated preference optimisation",
@@ -48,13 +50,14 @@ def tables(results, options):
         caption = CAPTIONS[name].format(**vars(options))
         parts.append(f"\n## {TITLES[name]}\n\n{caption}\n")
         head = [f"reward, round {early}", f"minus {first}", f"reward, round {last}", f"minus {first}", "KL (nats)"]
-        parts.append("| method | " + " | ".join(head) + " |\n|---|" + "---|" * len(head))
+        rows = []
         for method, values in study.items():
             cells = []
             for at in (early, last):
                 cells.append(_cell(values["reward"], at))
                 cells.append("" if method == first else _cell(values["reward_minus_first"], at, sign="+"))
-            parts.append(f"| {method} | " + " | ".join([*cells, _cell(values["kl"], last)]) + " |")
+            rows.append([method, *cells, _cell(values["kl"], last)])
+        parts += table(["method", *head], rows)
         parts.append(f"\n![{PLOT_CAPTION}]({name}.png)")
     return "\n".join(parts) + "\n"
 

@@ -256,13 +256,6 @@ def test_the_estimate_orders_contexts_and_is_calibrated():
 # ---- report --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("seeds", "quantile"), [(5, 2.7764), (6, 2.5706), (10, 2.2622), (31, 2.0423)])
-def test_intervals_are_students(seeds, quantile):
-    values = np.random.default_rng(0).normal(size=(seeds, 3))
-    exact = quantile * values.std(0, ddof=1) / math.sqrt(seeds)
-    assert report.half_width(values) == pytest.approx(exact, rel=3e-3)
-
-
 def test_at_kl_takes_the_largest_beta_that_spends_it():
     kl = np.array([[0.04, 0.25], [0.09, 0.16], [0.01, 0.04]])  # [B, S] by rising beta, not monotone in the first seed
     values = np.sqrt(kl)[..., None] * [1.0, 2.0] + 5

@@ -9,7 +9,7 @@ import pytest
 from generation_recipe import FOLDER, command, compare, run
 
 from mallowspo import preset, presets
-from options import COMPOSITIONS
+from methods import COMPOSITIONS
 
 EVERYTHING = {(name, preset(name).beta) for name in (*presets(), *COMPOSITIONS)}
 
@@ -72,11 +72,11 @@ def test_differences_to_dpo_at_equal_steps_and_at_equal_kl():
     assert rows["dpo", 0.1]["minus_dpo"] == rows["reference", None]["minus_dpo"] == {}
     assert rows["simpo", 2.0]["gain"]["mean"] == pytest.approx(0.8)
     theta, simpo, ipo = (rows[key]["minus_dpo"] for key in (("mallows-theta", 0.1), ("simpo", 2.0), ("ipo", 0.1)))
-    # At KL 2 dpo has 0.3 + 0.2 / 3; simpo at dpo's largest KL, 4, is half-way from 0.1 to 0.9.
+    # In roots, KL 2 is sqrt(2) - 1 of the way from dpo's 1 to its 4; dpo's 4 is sqrt(1/2) of the way to simpo's 8.
     assert theta["equal_steps"]["mean"] == pytest.approx(0)
-    assert theta["equal_kl"]["mean"] == pytest.approx(0.2 - 0.2 / 3)
+    assert theta["equal_kl"]["mean"] == pytest.approx(0.5 - 0.3 - 0.2 * (2**0.5 - 1))
     assert simpo["equal_steps"]["mean"] == pytest.approx(0.4)
-    assert (simpo["equal_kl"]["mean"], simpo["at_kl"]) == (pytest.approx(0), 4)
+    assert (simpo["equal_kl"]["mean"], simpo["at_kl"]) == (pytest.approx(0.1 + 0.8 * 0.5**0.5 - 0.5), 4)
     assert simpo["equal_steps"]["at_once"] and compare.sign(simpo["equal_steps"]) == 1
     # One prefix in four: some resamplings have none of it.
     assert ipo["equal_steps"]["mean"] == pytest.approx(0.25)

@@ -240,6 +240,12 @@ def test_options_that_cannot_be_meant_are_refused(options, message):
         run.parse_arguments(options)
 
 
+def test_a_wrong_option_ends_the_script_with_its_message(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["run.py", "--seeds", "0"])
+    with pytest.raises(SystemExit, match="^run.py: error: seeds must be at least 1, got 0"):
+        run.main()
+
+
 # ---- report --------------------------------------------------------------------------------------------------------
 
 
@@ -289,10 +295,26 @@ def test_points_and_comparisons_are_paired_by_seed():
     # The spread over seeds is in both and cancels.
     assert found["tweet", 0.1]["reward"] == {k: pytest.approx(0.2) for k in ("mean", "low", "high")}
     assert found["tweet", 0.1]["kl"]["mean"] == pytest.approx(2.0)
-    # At KL 4 DPO has 0.5; theta is half-way between 0.4 at 2 and 0.7 at 6.
+    # At KL 4 DPO has 0.5; theta is between 0.4 at 2 and 0.7 at 6, in roots of the KL.
     frontier = found["out of distribution", None]
     assert frontier["at_kl"] == pytest.approx(4.0)
-    assert frontier["reward"] == {k: pytest.approx(0.05) for k in ("mean", "low", "high")}
+    theta = 0.4 + 0.3 * (2 - 2**0.5) / (6**0.5 - 2**0.5)
+    assert frontier["reward"] == {k: pytest.approx(theta - 0.5) for k in ("mean", "low", "high")}
+
+
+def test_equally_efficient_methods_have_no_gap_however_far_they_go():
+    """All gain 0.1 sqrt(KL): dpo up to 1.3 nats, theta half as far or farther; a KL that came out negative is 0."""
+    for reached in (0.6, 1.2, 2.1, 8.7):
+        points = [("reference", None, 0.0), ("dpo", 0.1, 1.3), ("dpo", 1.0, 1.1), ("mallows-theta", 0.1, reached)]
+        points.append(("mallows-theta", 1.0, -0.1))
+        runs = [
+            fake_run(method, beta, seed, 0.2 + 0.1 * max(kl, 0) ** 0.5 + seed / 10, kl)
+            for seed in range(4)
+            for method, beta, kl in points
+        ]
+        (found,) = (row for row in report.summarise(runs)[1] if row["domain"] == "tweet" and "at_kl" in row)
+        assert found["at_kl"] == pytest.approx(min(reached, 1.3))
+        assert found["reward"] == {key: pytest.approx(0, abs=1e-12) for key in ("mean", "low", "high")}
 
 
 @pytest.mark.parametrize("seeds", [1, 4])

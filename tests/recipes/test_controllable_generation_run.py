@@ -92,7 +92,7 @@ def test_a_corrupt_checkpoint_is_refused(small_archive, byte_model, tmp_path, mo
         run.main(command(byte_model, tmp_path / "out", **options))
 
 
-def test_a_run_of_the_papers_kind_trains_every_weight_under_a_classifier(small_archive, tmp_path, monkeypatch):
+def test_a_run_of_the_papers_kind_trains_every_weight_under_a_classifier(small_archive, tmp_path):
     # gpt2 reads whole words here; a classifier's reward has no ties.
     tiny_model("gpt2").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -103,7 +103,6 @@ def test_a_run_of_the_papers_kind_trains_every_weight_under_a_classifier(small_a
     (tmp_path / "imdb" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"dataset": tmp_path / "imdb", "reward": tmp_path / "classifier", "lora_rank": 0, "min_gap": 0}
     options |= {"prefix_words": 2, "train_prefixes": 3, "eval_prefixes": 1, "sft_texts": 0, "seeds": 1}
-    monkeypatch.setattr(run, "OTHERS", [])
     run.main(command(str(tmp_path / "model"), tmp_path / "out", **options))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert 0 < results["pairs"]["mean_reward"] < 1

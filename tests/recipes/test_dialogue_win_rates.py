@@ -151,11 +151,18 @@ def test_bad_sizes_are_refused(options, message):
     [
         (["--loss_type", "simpo"], "loss_type is given by methods; leave it out"),
         (["--smoothing", "0.3"], "smoothing=0.3 is read by none of dpo, mallows-theta"),
+        (["--methods", "dpo", "mrpo"], "mrpo mixes two references and this recipe has one; leave it out"),
     ],
 )
 def test_options_that_are_not_read_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         win_rates.parse_arguments(options)
+
+
+def test_a_wrong_option_ends_the_script_with_its_message(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["win_rates.py", "--methods", "mrpo"])
+    with pytest.raises(SystemExit, match="^win_rates.py: error: mrpo mixes two references"):
+        win_rates.main()
 
 
 def test_an_option_of_one_method_is_left_to_it():

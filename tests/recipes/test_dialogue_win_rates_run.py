@@ -80,6 +80,8 @@ def test_a_whole_run_goes_on_where_it_was_interrupted(command, monkeypatch, caps
         assert len(trained) == 4
         assert len(asked) == requests + 1  # the question at the start
         assert "dpo-seed-42: kept from an earlier run" in capsys.readouterr().out
+        run(*judge, "--logging_steps", "7")
+        assert len(trained) == 4
 
     assert {path.name for path in out.iterdir()} == {
         *("results.json", "results.md", "win_rates.png", "length_bias.png", "stages")

@@ -208,6 +208,12 @@ def test_options():
     assert paper.pairs_per_domain <= 1570 and paper.output_dir != run.RecipeArguments().output_dir
 
 
+def test_a_wrong_option_ends_the_script_with_its_message(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["run.py", "--seeds", "1"])
+    with pytest.raises(SystemExit, match="^run.py: error: seeds must be at least 2"):
+        run.main()
+
+
 @pytest.fixture
 def small_options(tmp_path, monkeypatch, tiny_model, tiny_tokenizer):
     """Options of a run of seconds, on a small archive and a tiny model."""

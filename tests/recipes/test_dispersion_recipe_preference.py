@@ -123,12 +123,6 @@ def test_calibration_of_a_true_index_a_shifted_and_a_useless_one(monkeypatch):
         assert predicted_share == pytest.approx(actual, abs=1e-3) and 0 <= error < 0.01
 
 
-def test_rank_correlation_with_ties():
-    assert report.ranks([3, 1, 3, 2]).tolist() == [3.5, 1, 3.5, 2]
-    assert report.correlation(report.ranks([1, 2, 3, 4]), report.ranks([10, 20, 40, 30])) == pytest.approx(0.8)
-    assert report.correlation(np.ones(3), np.arange(3)) == 0.0
-
-
 def test_correlations_by_domain_and_with_intervals(monkeypatch):
     monkeypatch.setattr(report, "RESAMPLES", 200)
     generator = np.random.default_rng(0)

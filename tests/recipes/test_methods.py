@@ -26,6 +26,16 @@ def test_a_method_gets_the_options_that_it_reads():
     assert phi.objective().smoothing == 0.3
 
 
+def test_trained_weights_depend_on_no_place_and_on_nothing_that_is_shown():
+    def facts(**options):
+        return methods.training_facts(MallowsConfig(**{"output_dir": "out", "use_cpu": True} | options))
+
+    shown = {"output_dir": "x", "reference_cache_dir": "x", "run_name": "x", "disable_tqdm": True, "logging_steps": 3}
+    assert facts(**shown) == facts()
+    for option in ({"learning_rate": 0.1}, {"seed": 3}, {"loss_type": "dpo"}, {"max_steps": 2}):
+        assert facts(**option) != facts()
+
+
 @pytest.mark.parametrize(
     ("options", "chosen", "message"),
     [

@@ -8,6 +8,8 @@ import torch
 from load_recipe import import_recipe
 from tiny import tiny_model, tiny_tokenizer
 
+from mallowspo.modeling import attach_token_stats
+
 online, online_report, labels, advantages, preferences, run, judges, *_ = import_recipe(
     "controllable_generation",
     *("online", "online_report", "labels", "advantages", "preferences", "run", "judges", "sampling", "report"),
@@ -110,7 +112,7 @@ def test_a_step_follows_the_written_loss(loss, tmp_path):
     _, training, _ = online.parse_arguments(options)
     models = [tiny_model(gain=3.0) for _ in range(2)]
     reference = tiny_model(seed=1, gain=3.0)
-    online.attach_token_stats(reference)
+    attach_token_stats(reference)
     material = [reference, 0, prompts, responses, wanted]
     value = advantages.update(models[0], *material, loss=loss, temperature=2.0, training=training, seed=0)
 
@@ -160,11 +162,18 @@ def test_the_default_parses():
         (["--gradient_accumulation_steps", "2"], "gradient_accumulation_steps must be 1, .*, got 2"),
         (["--lr_scheduler_type", "linear"], "lr_scheduler_type must be constant"),
         (["--grid", '{"apa": [1]}'], "unknown methods apa"),
+        (["--grid", '{"mrpo": [1]}'], "mrpo mixes two references and this recipe has one"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         online.parse_arguments(options)
+
+
+def test_a_wrong_option_ends_the_script_with_its_message(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["online.py", "--gold", "0"])
+    with pytest.raises(SystemExit, match="^online.py: error: gold must be at least 1, got 0"):
+        online.main()
 
 
 # ---- report --------------------------------------------------------------------------------------------------------
@@ -283,8 +292,8 @@ def test_what_cannot_be_learned_from_is_refused(command, tmp_path, monkeypatch):
 def test_a_round_whose_every_answer_is_a_tie_leaves_the_policy_alone(command, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "train", lambda *args, **kwargs: pytest.fail("there is nothing to train on"))
     recipe, training, methods = online.parse_arguments(command(tmp_path / "out"))
-    task, _ = online.set_up(recipe, training)
-    task = task._replace(reward=lambda texts: [0.5] * len(texts))
+    task = online.set_up(recipe, training)
+    task.reward = lambda texts: [0.5] * len(texts)
     for method in methods[:3]:
         state = online.play_round(task, method, 42, {"weights": {}, "known": torch.zeros(0, 20), "records": []})
         (record,) = state["records"]

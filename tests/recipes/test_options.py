@@ -60,6 +60,24 @@ def test_a_file_that_cannot_be_read_is_named(parse, tmp_path):
             options.parse_options(Options, "", ["--config", str(path)])
 
 
+def test_a_scripts_wrong_option_ends_it_with_the_message_alone(monkeypatch, tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("seed: 4\n")
+    monkeypatch.setattr("sys.argv", ["path/to/run.py", "--config", str(path)])
+    with pytest.raises(SystemExit, match="^run.py: error: .*x.yaml has unknown options: seed"):
+        options.parse_options(Options, "")
+
+    @options.ends_the_script
+    def parse(arguments=None):
+        raise ValueError("no such thing")
+
+    for given in ((), (None,)):
+        with pytest.raises(SystemExit, match="^run.py: error: no such thing"):
+            parse(*given)
+    with pytest.raises(ValueError, match="^no such thing"):
+        parse([])
+
+
 @pytest.mark.parametrize(
     ("check", "meant", "refused"),
     [
