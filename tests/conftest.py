@@ -2,8 +2,10 @@
 
 import os
 
-import torch
-from hypothesis import settings
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, and for the processes that tests start
+
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(1)
 settings.register_profile("mallowspo", deadline=None, derandomize="CI" in os.environ)

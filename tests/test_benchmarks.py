@@ -153,7 +153,8 @@ def test_prepare_comes_before_every_single_call():
 
 def run_toy(select, results, *paths):
     """pytest on benchmarks/ at toy sizes; compilation, which takes seconds a contest, is off."""
-    environment = os.environ | {
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
+    environment |= {
         "MALLOWSPO_BENCHMARK_TOY": "1",
         "TORCH_COMPILE_DISABLE": "1",
         "OMP_NUM_THREADS": "1",

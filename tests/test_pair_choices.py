@@ -6,7 +6,7 @@ import math
 import pytest
 import strategies
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mallows_truth import exact_link
 from mpmath import mp
@@ -42,8 +42,13 @@ def test_native_is_the_oracle(r_w, r_l, a, options):
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-13)
 
 
+# A rejected ratio that is positive, though so small that its score may round to 0, is not clipped.
+BARELY_POSITIVE = {"link": "ipo", "beta": 0.01, "divergence": "js", "clip_rejected": True}
+
+
 @settings(max_examples=60)
 @given(pair=strategies.pairs(dispersions), options=strategies.pair_choices())
+@example(pair=strategies.Pair(0.0, 0.0, 0.0, -(2.0**-102), 1.0), options=BARELY_POSITIVE)
 def test_references_and_half_precision(pair, options):
     *logps, a = pair
     if max(abs(pair[0] - pair[2]), abs(pair[1] - pair[3])) > 16:  # the oracle's link ends at a |z| of 1e17

@@ -176,7 +176,7 @@ MALLOWSPO_FN PairLoss pair_loss(double won, double lost, double a, const Objecti
   if (!has_margin(o.link)) return separate_loss(won, lost, o);
   const Value s_w = score(won, o);
   Value s_l = score(lost, o);
-  if (o.clip_rejected && s_l.value <= 0) s_l = {0, 0};
+  if (o.clip_rejected && lost <= 0) s_l = {0, 0};
   const double h = s_w.value - s_l.value;
   const detail::Wide z = margin_or(o.beta * h - o.gamma, detail::Wide(o.beta) * h - o.gamma);
   const LinkValue win = log_likelihood(z, a, o);

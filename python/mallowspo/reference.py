@@ -303,7 +303,7 @@ def preference_loss(
         return PairLoss(loss, *rewards, beta * on_chosen, beta * on_rejected, 0.0)
     s_w, slope_w = score(chosen, divergence, divergence_alpha)
     s_l, slope_l = score(rejected, divergence, divergence_alpha)
-    if clip_rejected and s_l <= 0:
+    if clip_rejected and rejected <= 0:  # where s is, which may round to 0
         s_l, slope_l = 0.0, 0.0
     z = beta * (s_w - s_l) - gamma
     options = {"label_smoothing": label_smoothing, "focal_gamma": focal_gamma, "discopop_tau": discopop_tau}
