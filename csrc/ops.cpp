@@ -14,6 +14,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "rows.h"
 
@@ -315,7 +316,7 @@ std::tuple<Tensor, Tensor> mallows_log_prob(const Tensor& margin, const Tensor& 
   return {log_probs, slopes};
 }
 
-// The same functions serve every backend; `run` picks the kernels.
+// The same functions serve every backend; MALLOWSPO_RUN picks the kernels.
 void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("token_stats", TORCH_BOX(&token_stats));
   m.impl("token_stats_tile", TORCH_BOX(&token_stats_tile));

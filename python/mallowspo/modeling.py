@@ -203,9 +203,12 @@ def share_prompts(model, longest):
             return f"{name} has a {window} of {width} tokens; set max_length to no more than that"
     if any(field.startswith("index_topk") for field in config.to_dict()):
         return f"{name} chooses the tokens that it attends to"
-    kinds = getattr(config, "layer_types", None) or ("linear_attention",) * model._is_stateful
-    if found := _STATEFUL.intersection(kinds):  # in bfloat16 a weak recurrence may pass the comparison below
+    # In bfloat16 a weak recurrence may pass the comparison below.
+    kinds = getattr(config, "layer_types", None) or ()
+    if found := _STATEFUL.intersection(kinds):
         return f"{name} has {min(found)} layers, which carry a state from token to token"
+    if model._is_stateful and not kinds:
+        return f"{name} carries a state from token to token"
     if getattr(config, "attn_temperature_tuning", False):
         return f"{name} scales its attention by the place of a token in its row"
     if not _has_weights(model):
