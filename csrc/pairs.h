@@ -1,6 +1,8 @@
 // One element of the per-pair operators, for the CPU loop and the CUDA thread alike.
 #pragma once
 
+#include <type_traits>
+
 #include "rows.h"
 
 namespace mallowspo {
@@ -26,11 +28,16 @@ MALLOWSPO_FN double saturated(double x) {
   return x < -largest ? -largest : x > largest ? largest : x;
 }
 
+// What the Mallows link is computed in, for results in T.
+template <class T>
+using Arithmetic = std::conditional_t<sizeof(T) == sizeof(double), detail::Wide, double>;
+
 template <class T>
 MALLOWSPO_FN void preference_loss_at(const PairArgs& args, int64_t i) {
   const double won = element<T>(args.chosen, i) - element<T>(args.ref_chosen, i);
   const double lost = element<T>(args.rejected, i) - element<T>(args.ref_rejected, i);
-  const PairLoss pair = pair_loss(won, lost, checked_dispersion(element<T>(args.dispersion, i)), args.objective);
+  const double a = checked_dispersion(element<T>(args.dispersion, i));
+  const PairLoss pair = pair_loss<Arithmetic<T>>(won, lost, a, args.objective);
   set_element<T>(args.losses, i, pair.loss);
   set_element<T>(args.chosen_rewards, i, args.objective.beta * won);
   set_element<T>(args.rejected_rewards, i, args.objective.beta * lost);
@@ -42,7 +49,7 @@ MALLOWSPO_FN void preference_loss_at(const PairArgs& args, int64_t i) {
 template <class T>
 MALLOWSPO_FN void mallows_log_prob_at(const MallowsArgs& args, int64_t i) {
   const double a = checked_dispersion(element<T>(args.dispersion, i));
-  const LinkValue v = mallows_link(element<T>(args.margin, i), a, args.smoothing);
+  const LinkValue v = mallows_link<Arithmetic<T>>(element<T>(args.margin, i), a, args.smoothing);
   set_element<T>(args.log_probs, i, saturated<T>(v.log_prob));
   set_element<T>(args.slopes, i, saturated<T>(v.d_margin));
   set_element<T>(args.slopes, i + args.count, saturated<T>(v.d_dispersion));

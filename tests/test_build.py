@@ -208,7 +208,7 @@ def test_cuda_kernels_compile_link_and_register(tmp_path):
     for target in ("code=[sm_80]", "code=[compute_90,sm_90]"):  # compute_90 is PTX, for devices yet to come
         assert commands.count(target) == len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
     result = run(["cmake", "--build", str(tmp_path)])
-    assert result.returncode == 0, result.stdout
+    assert result.returncode == 0 and "warning" not in result.stdout, result.stdout  # such as of a host's function
     code = (
         "import torch, _C\n"
         "print(_C.build['cuda_architectures'])\n"

@@ -14,8 +14,8 @@ from mallowspo import functional as F
 from mallowspo import reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-# Units in the last place, of values and of gradients. All arithmetic is wider than float64; float32 is the float64
-# result rounded once, half a unit. Below the normal numbers, a few times the smallest one.
+# Units in the last place, of values and of gradients. The arithmetic for float64 is wider, that for float32 is double
+# and rounded once, half a unit. Below the normal numbers, a few times the smallest one.
 ULPS = {torch.float32: 0.5001, torch.float64: 4.0}
 TINY = {torch.float32: 2.0**-150, torch.float64: 2.0**-1072}
 accurate = pytest.mark.parametrize("dtype", ULPS)

@@ -13,6 +13,7 @@ struct Wide {
   double hi, lo;  // hi is the sum, rounded
   MALLOWSPO_HOST_DEVICE Wide(double x = 0) : hi(x), lo(0) {}
   MALLOWSPO_HOST_DEVICE Wide(double high, double low) : hi(high), lo(low) {}
+  MALLOWSPO_HOST_DEVICE explicit operator double() const { return hi; }
 };
 
 // a + b where |a| >= |b|.
@@ -49,23 +50,40 @@ MALLOWSPO_FN Wide operator/(Wide a, Wide b) {
   return sum_ordered(q, (a - b * q).hi / b.hi);
 }
 
-// x 2^exponent, rounded to double once, into the subnormal range too.
-MALLOWSPO_FN double scaled(Wide x, int exponent) { return ::ldexp(x.hi, exponent); }
+// From here on for plain doubles as well, where their digits do.
+
+// x 2^exponent; that of a double is rounded once, into the subnormal range too.
+MALLOWSPO_FN double scaled(double x, int exponent) { return ::ldexp(x, exponent); }
+MALLOWSPO_FN Wide scaled(Wide x, int exponent) { return {::ldexp(x.hi, exponent), ::ldexp(x.lo, exponent)}; }
+
+MALLOWSPO_FN double log_of(Wide x) { return ::log(x.hi) + x.lo / x.hi; }
+MALLOWSPO_FN double log_of(double x) { return ::log(x); }
+MALLOWSPO_FN double log_of_one_minus(Wide x) { return ::log1p(-x.hi) - x.lo / (1 - x.hi); }
+MALLOWSPO_FN double log_of_one_minus(double x) { return ::log1p(-x); }
 
 // e^-t = (1 + excess) 2^exponent.
+template <class Real>
 struct Decay {
-  Wide excess;
+  Real excess;
   int exponent;
 };
 
 constexpr double far_decay = 2000;  // e^-2000 times any double is 0
 
-// For t >= 0. The exponent is 0 for t < 0.34, where excess is e^-t - 1 to all digits. Past far_decay it is that of
-// far_decay, so that the exponent fits an int.
-MALLOWSPO_FN Decay decay_of(Wide t) {
+// For 0 <= t <= far_decay. 0 for t < 0.34, where excess is e^-t - 1 to all digits.
+MALLOWSPO_FN int decay_exponent(double t) { return -static_cast<int>(::rint(t * 1.4426950408889634074)); }
+
+// For t >= 0. Past far_decay it is that of far_decay, so that the exponent fits an int.
+MALLOWSPO_FN Decay<double> decay_of(double t) {
+  if (t > far_decay) t = far_decay;
+  const int exponent = decay_exponent(t);
+  return {::expm1(-::fma(static_cast<double>(exponent), 0.69314718055994530942, t)), exponent};
+}
+
+MALLOWSPO_FN Decay<Wide> decay_of(Wide t) {
   const Wide log_2{0.69314718055994530942, 2.3190468138462995584e-17};
   if (t.hi > far_decay) t = far_decay;
-  const int exponent = -static_cast<int>(::rint(t.hi * 1.4426950408889634074));
+  const int exponent = decay_exponent(t.hi);
   Wide f = -(t + log_2 * exponent);
   f = {f.hi / 64, f.lo / 64};  // exact
   // Taylor: |f| < 0.0055, the twelfth term is below 2^-110 of the first; from the seventh on a double is enough.
@@ -79,10 +97,13 @@ MALLOWSPO_FN Decay decay_of(Wide t) {
 }
 
 // e^-t, 0 where it underflows, and 1 - e^-t to all digits as t -> 0.
-MALLOWSPO_FN Wide value_of(Decay d) { return (d.excess + 1) * ::ldexp(1.0, d.exponent); }
-MALLOWSPO_FN Wide complement_of(Decay d) { return d.exponent == 0 ? -d.excess : Wide(1) - value_of(d); }
-
-MALLOWSPO_FN double log_of(Wide x) { return ::log(x.hi) + x.lo / x.hi; }
-MALLOWSPO_FN double log_of_one_minus(Wide x) { return ::log1p(-x.hi) - x.lo / (1 - x.hi); }
+template <class Real>
+MALLOWSPO_FN Real value_of(Decay<Real> d) {
+  return (d.excess + 1) * ::ldexp(1.0, d.exponent);
+}
+template <class Real>
+MALLOWSPO_FN Real complement_of(Decay<Real> d) {
+  return d.exponent == 0 ? -d.excess : Real(1) - value_of(d);
+}
 
 }  // namespace mallowspo::detail

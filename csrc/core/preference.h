@@ -128,10 +128,11 @@ MALLOWSPO_FN Value host_likelihood(Link host, detail::Wide x, const Objective& o
 
 // As a function of z; all links but mallows-phi are their host at the margin z or 2 a z (design: the dispersion is a
 // plug-in). The focal modulation p^gamma log p is differentiated; 1 + gamma log p is as accurate as its larger part.
+template <class Real>
 MALLOWSPO_FN LinkValue log_likelihood(detail::Wide z, double a, const Objective& o) {
   LinkValue out;
   if (o.link == Link::mallows_phi) {
-    out = mallows_link(z, a, o.smoothing);
+    out = mallows_link<Real>(z, a, o.smoothing);
   } else {
     const bool plug_in = uses_dispersion(o.link);
     const double factor = plug_in ? 2 * a : 1;
@@ -172,6 +173,7 @@ MALLOWSPO_FN PairLoss separate_loss(double won, double lost, const Objective& o)
 
 // Conservative smoothing mixes the loss with that of the flipped pair; robust smoothing is its unbiased correction.
 // The mixed derivatives, and the robust loss, are differences: they are as accurate as their larger part.
+template <class Real>
 MALLOWSPO_FN PairLoss pair_loss(double won, double lost, double a, const Objective& o) {
   if (!has_margin(o.link)) return separate_loss(won, lost, o);
   const Value s_w = score(won, o);
@@ -179,11 +181,11 @@ MALLOWSPO_FN PairLoss pair_loss(double won, double lost, double a, const Objecti
   if (o.clip_rejected && lost <= 0) s_l = {0, 0};
   const double h = s_w.value - s_l.value;
   const detail::Wide z = margin_or(o.beta * h - o.gamma, detail::Wide(o.beta) * h - o.gamma);
-  const LinkValue win = log_likelihood(z, a, o);
+  const LinkValue win = log_likelihood<Real>(z, a, o);
   PairLoss out{-win.log_prob, -o.beta * win.d_margin, 0, -win.d_dispersion};
   const double eps = o.label_smoothing;
   if (eps != 0 && host_of(o.link) != Link::exo) {
-    const LinkValue flip = log_likelihood(-z, a, o);
+    const LinkValue flip = log_likelihood<Real>(-z, a, o);
     const double scale = o.robust ? 1 / (1 - 2 * eps) : 1;
     const double keep = (1 - eps) * scale, swap = (o.robust ? -eps : eps) * scale;
     out = {-keep * win.log_prob - swap * flip.log_prob, o.beta * (swap * flip.d_margin - keep * win.d_margin), 0,

@@ -1,4 +1,4 @@
-// The per-pair operators on the CPU: plain loops, in threads where the pairs are many; all arithmetic is in double.
+// The per-pair operators on the CPU: plain loops, in threads where the pairs are many; all arithmetic is in double or wider.
 #include "../pairs.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -9,7 +9,7 @@
 namespace mallowspo::cpu {
 namespace {
 
-// About this many pairs make a thread worth waking: one takes 0.03 to 2 microseconds.
+// About this many pairs make a thread worth waking: one takes 0.03 to 0.2 microseconds (phi in float64: 1).
 constexpr int64_t grain = 256;
 
 // The dispersion is data from outside the model, so a bad value is named rather than turned into a NaN loss.
