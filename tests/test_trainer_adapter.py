@@ -7,7 +7,7 @@ import torch
 from tiny import cache_files, lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
 from transformers import AutoModelForCausalLM
 
-from mallowspo.adapters import without_adapter
+from mallowspo.adapters import add_adapter, check_adapter_off, without_adapter
 
 # What an adapter may hold, and how its reference is read.
 ADAPTERS = {"lora": {}, "its own head": {"modules_to_save": ["lm_head"]}}
@@ -59,6 +59,16 @@ def test_a_frozen_part_of_an_adapter_stays_frozen(tmp_path, reference):
         assert changed == trained_names(model) == [n for n in before if ".layers.1." in n and "lora_" in n]
         runs.append((train_logs(trainer), [value.tolist() for value in after.values()]))
     assert runs[0] == runs[1] and len(cache_files(tmp_path)) == (0 if reference == "live" else 2)
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "OLoRA", "corda", "lora_ga", "loftq"])
+def test_an_adapter_that_changed_the_weights_below_it(init):
+    """As peft's LoraLayer does with each of them, whichever adapter is active."""
+    model = add_adapter(tiny_model(), lora())
+    model.add_adapter("other", lora())
+    model.peft_config["other"].init_lora_weights = init  # what it does needs data or a GPU
+    with pytest.raises(ValueError, match=f"init_lora_weights='{init}' changes the weights below.*ref_model"):
+        check_adapter_off(model, for_good=False)
 
 
 def frozen_models(folder):

@@ -18,7 +18,7 @@ def check_adapter_off(model, for_good):
     """ValueError where a PEFT model with its adapter off is no reference; for_good: it is to stay one in training."""
     for adapter in model.peft_config.values():
         init = str(getattr(adapter, "init_lora_weights", ""))
-        if init.lower().startswith(("pissa", "olora", "corda", "lora_ga")):
+        if init.lower().startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
             raise ValueError(
                 f"init_lora_weights={init!r} changes the weights below the adapter, so that with the adapter off the "
                 "model is not the one that was given: pass that one as ref_model too, loaded again"
