@@ -7,6 +7,7 @@ import torch
 from tiny import cache_files, lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
 from transformers import AutoModelForCausalLM
 
+from mallowspo import AcceleratedRounds, AcceleratedTrainer
 from mallowspo.adapters import add_adapter, check_adapter_off, without_adapter
 
 # What an adapter may hold, and how its reference is read.
@@ -69,6 +70,18 @@ def test_an_adapter_that_changed_the_weights_below_it(init):
     model.peft_config["other"].init_lora_weights = init  # what it does needs data or a GPU
     with pytest.raises(ValueError, match=f"init_lora_weights='{init}' changes the weights below.*ref_model"):
         check_adapter_off(model, for_good=False)
+
+
+def test_a_reference_of_another_form_has_no_rounds(tmp_path):
+    """It was found out in the middle of the extrapolation, after an epoch of training."""
+    options = {"kind": AcceleratedTrainer, "alpha": 0.3, "loss_type": "dpo"}
+    trainer = tiny_trainer(tmp_path, ref_model=tiny_model(), peft_config=lora(), **options)
+    with pytest.raises(ValueError, match="parameter by parameter: pass one with the same parameters, .* that adapter"):
+        AcceleratedRounds(trainer)
+    model = add_adapter(tiny_model(), lora())
+    AcceleratedRounds(tiny_trainer(tmp_path, model, ref_model=copy.deepcopy(model), **options))
+    with pytest.raises(ValueError, match="the rounds need a reference of their own: pass ref_model"):
+        AcceleratedRounds(tiny_trainer(tmp_path, model, ref_model=None, **options))
 
 
 def frozen_models(folder):

@@ -128,14 +128,20 @@ class AcceleratedTrainer(MallowsTrainer):
                 "dispersion_scale to a number where the dispersion comes from entropies"
             )
         _check_whole(self)
+        ours, theirs = ({name: p.shape for name, p in m.named_parameters()} for m in (self.model, self.ref_model))
+        if ours != theirs:
+            raise ValueError(
+                "the rounds move the model on from ref_model, parameter by parameter: pass one with the same "
+                "parameters, of a model with an adapter a copy with that adapter"
+            )
 
     @torch.no_grad()
     def next_round(self):
         """Ends a round: the model becomes the reference, the reference the one before, and the model moves on.
 
         Raises:
-            ValueError: a reference that is cached or is the model itself without its adapter, weights that are split
-                over the ranks.
+            ValueError: a reference that is cached, is the model itself without its adapter or has other parameters
+                than the model; weights that are split over the ranks.
         """
         self.check_rounds()
         current = unprepared(copy.deepcopy(self.model)).requires_grad_(False)
