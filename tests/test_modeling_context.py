@@ -109,11 +109,13 @@ def test_up_to_the_limit_a_pair_is_the_same_in_any_batch(name):
         assert (of_the_first(longer, collate) - alone).abs().max() > 1e-5  # that is where it begins
 
 
-def test_pad_tokens_count():
+def test_pad_tokens_count(tmp_path):
     model = scaled("dynamic")
     check_rope(model, 24, pad_to_multiple_of=8)
     with pytest.raises(ValueError, match="set max_length to no more than 14$"):
         check_rope(model, 15, pad_to_multiple_of=14)
+    with pytest.raises(ValueError, match="set max_length to no more than 14$"):
+        tiny_trainer(tmp_path, model=model, max_length=15, pad_to_multiple_of=14)
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "yarn", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}])

@@ -24,7 +24,7 @@ MODELS = {
     "llama": {},
     "gpt2": {},
     "gpt_neox": {},
-    "qwen2": {},
+    "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 2},
     "qwen3": {"head_dim": 8},
     "gemma": {"head_dim": 8},
     "gemma3_text": {"head_dim": 8, "sliding_window": 64},
@@ -156,6 +156,14 @@ def test_narrower_dtypes_round_no_more_than_padded_rows(dtype):
     assert errors[0] < 3 * errors[1] + torch.finfo(dtype).eps
 
 
+def test_dropout_is_that_of_separate_sequences():
+    """All of the attention is dropped, so that nothing is drawn; a model in training mode shares as any other."""
+    model = sharing(tiny_model(attention_dropout=1.0).double().train())
+    found, expected = (sequence_stats(model, b) for b in (pack(PROMPTS, RESPONSES), pad(PROMPTS, RESPONSES, 0)))
+    close(tuple(found), tuple(expected), rtol=1e-9, atol=1e-9)
+    assert (found.logps - sequence_stats(model.eval(), pack(PROMPTS, RESPONSES)).logps).abs().min() > 1e-3
+
+
 # The model is otherwise as it was
 
 
@@ -164,6 +172,8 @@ def test_other_calls_are_the_models_own(tmp_path):
     ids = torch.tensor([[0, 0, 5, 6, 7], [4, 5, 6, 7, 8]])
     for mask in (None, (ids != 0).long()):
         assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, plain(ids, attention_mask=mask).logits)
+    one = {"input_ids": ids[1:, :1], "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
+    assert torch.equal(model(**one).logits, plain(**one).logits)
     options = {"attention_mask": (ids != 0).long(), "max_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
     model.save_pretrained(tmp_path)
@@ -181,9 +191,11 @@ SPARSE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_siz
 SPARSE |= {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
 SPARSE |= {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 8, "first_k_dense_replace": 1, "head_dim": 4}
 SPARSE |= {"num_key_value_heads": 2}
+CHUNKS = {"head_dim": 8, "intermediate_size_mlp": 24, "num_local_experts": 2, "attn_temperature_tuning": False}
 REFUSED = {
     "eager attention": ("llama", {"attn_implementation": "eager"}, "runs with 'eager' attention; load it with"),
     "a sliding window": ("mistral", {"sliding_window": 31}, "sliding_window of 31 tokens; set max_length"),
+    "chunks of tokens": ("llama4_text", CHUNKS | {"attention_chunk_size": 31}, "attention_chunk_size of 31 tokens"),
     "layers with one": ("gemma3_text", {"sliding_window": 8, "head_dim": 8}, "sliding_window of 8 tokens"),
     "a recurrence alone": ("mamba", {"state_size": 4}, "has no attention"),
     "convolutions between": (
@@ -251,6 +263,10 @@ def test_a_model_that_looks_at_its_neighbour_is_found_out():
     model.model.embed_tokens.register_forward_hook(shift)
     assert "hidden states differ by" in share_prompts(model, 32)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_window_that_is_not_used_does_no_harm():
+    sharing(tiny_model("qwen2_moe", use_sliding_window=False, num_experts=2, num_experts_per_tok=1))
 
 
 @pytest.mark.parametrize("longest, shares", [(64, True), (65, False), (None, False)])
@@ -356,7 +372,7 @@ def test_masks_are_as_memory_efficient_attention_takes_them_without_a_copy(monke
         masks.append(inputs[3])
         return sdpa(*inputs, **options)
 
-    sdpa = attention.scaled_dot_product_attention
+    sdpa, narrow = attention.scaled_dot_product_attention, sharing(tiny_model())
     monkeypatch.setattr(attention, "scaled_dot_product_attention", spy)
     sequence_stats(LLAMA, pack(PROMPTS, RESPONSES))
     assert len(masks) == 2 * len(PROMPTS)
@@ -364,6 +380,17 @@ def test_masks_are_as_memory_efficient_attention_takes_them_without_a_copy(monke
         length, width = len(response), len(prompt) + len(response)
         assert torch.equal(mask.isfinite(), torch.ones(length, width, dtype=torch.bool).tril(len(prompt)))
         assert mask.stride(-2) % 8 == 0 and mask.stride(-1) == 1
+    masks.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        sequence_stats(narrow, pack(PROMPTS, RESPONSES))
+    assert {mask.dtype for mask in masks} == {torch.bfloat16}
+
+
+def test_layers_of_different_dtypes_have_masks_of_their_own():
+    masks = {}
+    for dtype in (torch.float32, torch.float64):
+        attention._continuation(*(torch.zeros(1, 2, n, 8, dtype=dtype) for n in (3, 5, 5)), 2, masks)
+    assert [mask.dtype for mask in masks.values()] == [torch.float32, torch.float64]
 
 
 def test_the_layers_share_their_masks_under_fsdp_too():
