@@ -108,6 +108,12 @@ def test_a_table_of_logits_is_extrapolated_exactly_by_its_parameters(current, pr
     torch.testing.assert_close(models[0][0].detach().log_softmax(-1), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_models_of_different_sizes_are_not_extrapolated():
+    models = [torch.nn.ParameterList([torch.zeros(2)] * count) for count in (2, 1)]
+    with pytest.raises(ValueError, match="zip"):
+        extrapolate_parameters_(*models, 0.3)
+
+
 @pytest.mark.parametrize("alpha", [-0.1, 1.0, math.nan])
 def test_alpha_out_of_range(alpha):
     with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\)"):
@@ -203,6 +209,7 @@ def test_rounds_start_from_extrapolated_parameters(tmp_path):
         assert torch.equal(weight, tiny_model().state_dict()[name])
         torch.testing.assert_close(seen[1][name], 1.5 * after[0][name] - 0.5 * weight)
         torch.testing.assert_close(seen[2][name], 1.5 * after[1][name] - 0.5 * after[0][name])
+    assert all(torch.equal(weight, after[2][name]) for name, weight in trainer.model.state_dict().items())
     assert len(cache_files(tmp_path)) == 3 and not args.output_dir.endswith("round-3")
 
 
@@ -329,6 +336,19 @@ def test_the_model_before_must_be_another(tmp_path):
 def test_a_mixture_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must be one model"):
         AcceleratedTrainer(tiny_model(), [tiny_model(), tiny_model()], alpha=0.3, args=config(tmp_path))
+
+
+def test_the_model_before_must_share_prompts_too(tmp_path):
+    models = {"ref_model": tiny_model(seed=1), "previous_model": tiny_model("mistral", sliding_window=16)}
+    trainer = tiny_trainer(tmp_path, kind=AcceleratedTrainer, alpha=0.3, loss_type="dpo", **models)
+    assert trainer.data_collator.share_prompt is False
+
+
+def test_callbacks_see_every_round(tmp_path):
+    begun, options = [], {"rounds": 2, "alpha": 0.3, "processing_class": tiny_tokenizer()}
+    options["callbacks"] = [Watch("on_train_begin", lambda: begun.append(1))]
+    list(accelerated_rounds(tiny_model(), lambda *_: tiny_pairs(2), config(tmp_path), **options))
+    assert len(begun) == 2
 
 
 def test_no_rounds(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import lora, split_weights, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
@@ -79,6 +80,11 @@ def test_kappa_0_is_the_host(logps, rewards, values):
     assert torch.equal(loss, host) and torch.equal(found, expected)
 
 
+def test_kappa_0_beside_an_impossible_response():
+    logps, nothing = torch.tensor([-math.inf, -1.0]), torch.zeros(2)
+    assert hybrid_loss(torch.ones(1), logps, nothing, nothing, kappa=0, temperature=1.0).tolist() == [1.0]
+
+
 X = torch.zeros(4)
 
 
@@ -87,6 +93,7 @@ X = torch.zeros(4)
     [
         ((X[:2], X, X, X[:2]), {}, "shapes must agree"),
         ((X, X, X, X), {}, r"logps must be \[2B\] beside losses \[B\], got \[4\] and \[4\]"),
+        ((X[:2], X[:, None], X[:, None], X[:, None]), {}, r"got \[4, 1\] and \[2\]"),
         ((X[:2], X, X, X), {"kappa": -1.0}, "kappa must be finite and >= 0, got -1.0"),
         ((X[:2], X, X, X), {"temperature": 0.0}, "temperature must be finite and positive, got 0.0"),
     ],
@@ -168,6 +175,36 @@ def test_the_value_head_learns(tmp_path):
     losses = [log["hybrid/value_loss"] for log in train_logs(trainer)]
     # The mean of the rewards, 3, leaves half of 2^2.
     assert losses[-1] == pytest.approx(2.0, abs=0.2) and losses[0] > losses[-1] + 0.1
+
+
+def test_the_steps_of_the_value_head_are_those_of_plain_torch(tmp_path):
+    """Adam on the mean of each batch, of 2, 2 and 1 pairs, from the model's hidden states; none in an evaluation."""
+    data = rewarded(5)
+    options = {"max_steps": 3, "learning_rate": 0.0, "train_sampling_strategy": "sequential"}
+    trainer = hybrid_trainer(tmp_path, train_dataset=data, eval_dataset=data, expectile=0.8, **options)
+    trainer.train()
+    trainer.evaluate()
+    rows = tokenize_pairs(data, tiny_tokenizer())["prompt_ids"][:]
+    states = [tiny_model()(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1] for ids in rows]
+    states, rewards = torch.stack(states).detach(), torch.tensor([data["chosen_reward"], data["rejected_reward"]])
+    weight, bias = torch.zeros(16, requires_grad=True), torch.zeros(1, requires_grad=True)
+    adam = torch.optim.Adam([weight, bias], lr=1e-3)
+    for batch in (slice(0, 2), slice(2, 4), slice(4, 5)):
+        error = rewards[:, batch] - (states[batch] @ weight + bias)
+        adam.zero_grad()
+        (torch.where(error < 0, 0.2, 0.8) * error**2).mean().backward()
+        adam.step()
+    torch.testing.assert_close(trainer.value_head.weight[0], weight, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(trainer.value_head.bias, bias, rtol=1e-4, atol=1e-7)
+
+
+def test_rewards_stay_with_their_pairs(tmp_path):
+    """Where a pair is left out."""
+    rows = rewarded(4).to_list()
+    rows[1]["prompt"] = "red " * 20
+    trainer = hybrid_trainer(tmp_path, train_dataset=Dataset.from_list(rows), max_length=15)
+    for name in ("chosen_reward", "rejected_reward"):
+        assert trainer._prepared(trainer.train_dataset)[name][:] == [rows[i][name] for i in (0, 2, 3)]
 
 
 def test_a_resumed_run_is_the_whole_run(tmp_path):

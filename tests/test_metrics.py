@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import tiny_pairs, tiny_trainer, train_logs
+from tiny import plain_stats, tiny_model, tiny_pairs, tiny_trainer, train_logs
 
 from mallowspo.metrics import Means
 
@@ -13,6 +13,13 @@ def test_pairs_that_fill_up_a_batch_are_in_no_mean():
     means.add("train", {"a": torch.tensor([1.0, 5.0])}, torch.tensor([1.0, 0.0]))
     means.add("train", {"a": torch.tensor([3.0, 2.0])}, torch.tensor([1.0, 1.0]))
     assert means.read("train") == {"a": 2.0} and means.read("train") == {}
+
+
+def test_the_entropy_is_the_policys_over_both_responses(tmp_path):
+    data, policy = tiny_pairs(3), tiny_model(seed=1)
+    trainer = tiny_trainer(tmp_path, policy, ref_model=tiny_model(), loss_type="dpo", eval_dataset=data)
+    expected = plain_stats(tiny_model(seed=1), list(trainer._prepared(data)))[1].mean().item()
+    assert trainer.evaluate()["eval_entropy"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_each_log_is_of_the_steps_since_the_last_one(tmp_path):

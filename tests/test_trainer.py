@@ -228,6 +228,12 @@ def test_the_model_itself_as_its_reference(tmp_path):
         tiny_trainer(tmp_path, model=add_adapter(model, lora()), ref_model=model)
 
 
+def test_a_reference_is_frozen(tmp_path):
+    for options in ({}, {"ref_model": tiny_model()}):
+        trainer = tiny_trainer(tmp_path, loss_type="dpo", **options)
+        assert not any(parameter.requires_grad for parameter in trainer.ref_model.parameters())
+
+
 def test_a_model_that_is_no_reference_with_its_adapter_off(tmp_path):
     def make(loss_type="dpo", ref_model=None, precompute_ref_log_probs=False, **adapter):
         options = {"loss_type": loss_type, "precompute_ref_log_probs": precompute_ref_log_probs}

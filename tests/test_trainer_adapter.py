@@ -72,6 +72,15 @@ def test_an_adapter_that_changed_the_weights_below_it(init):
         check_adapter_off(model, for_good=False)
 
 
+def test_trained_tokens_are_the_adapters(tmp_path):
+    trainer = tiny_trainer(tmp_path, loss_type="dpo", peft_config=lora(trainable_token_indices={"embed_tokens": [5]}))
+    assert any("trainable_tokens_" in name for name in trained_names(trainer.model))
+    before = trainer.score(trainer.train_dataset)
+    trainer.train()
+    after = trainer.score(trainer.train_dataset)
+    assert after["ref_chosen_logps"] == pytest.approx(before["chosen_logps"], rel=1e-6)
+
+
 def test_a_reference_of_another_form_has_no_rounds(tmp_path):
     """It was found out in the middle of the extrapolation, after an epoch of training."""
     options = {"kind": AcceleratedTrainer, "alpha": 0.3, "loss_type": "dpo"}

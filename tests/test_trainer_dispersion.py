@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import cache_files, tiny_model, tiny_pairs, tiny_trainer, train_logs
 
-from mallowspo import MallowsTrainer
+from mallowspo import _C, MallowsTrainer
 
 
 def test_a_reference_free_objective_gets_its_dispersion_once(tmp_path):
@@ -43,6 +43,16 @@ def test_auto_scale_makes_the_mean_factor_one(tmp_path):
     assert number.dispersion_scale == train_logs(number)[0]["dispersion/scale"] == 0.25
     ratio = a / number.score(number.train_dataset)["neg_log_dispersion"]
     assert ratio == pytest.approx([trainer.dispersion_scale / 0.25] * 8, rel=1e-5)
+
+
+def test_the_index_is_over_all_outcomes_of_the_model(tmp_path):
+    """A head is often wider than its tokenizer."""
+    data = tiny_pairs(3)
+    trainer = tiny_trainer(tmp_path, model=tiny_model(vocab_size=30), train_dataset=data, eval_dataset=data)
+    scores = trainer.score(data)
+    shares = (scores["ref_chosen_entropy"] + scores["ref_rejected_entropy"]) / (2 * math.log(30))
+    assert trainer.evaluate()["eval_dispersion/entropy"] == pytest.approx(shares.mean(), rel=1e-5)
+    assert scores["neg_log_dispersion"] == pytest.approx(-trainer.dispersion_scale * np.log(shares), rel=1e-5)
 
 
 def test_a_column_that_is_not_read_may_mean_anything(tmp_path):
@@ -140,6 +150,13 @@ def test_a_reference_that_knows_all_or_nothing(tmp_path, head_gain, entropy, los
     for log in train_logs(trainer):
         assert log["dispersion/entropy"] == pytest.approx(entropy, abs=0.01)
         assert all(math.isfinite(value) for value in log.values())
+
+
+def test_another_version_asks_the_reference_again(tmp_path, monkeypatch):
+    for version, files in (("0.1", 1), ("0.2", 2), ("0.2", 2)):
+        monkeypatch.setitem(_C.build, "version", version)
+        tiny_trainer(tmp_path)
+        assert len(cache_files(tmp_path)) == files
 
 
 def test_a_cache_that_cannot_be_written_stops_the_run_before_the_pass(tmp_path, monkeypatch):

@@ -378,14 +378,15 @@ def test_models_by_name(tmp_path):
     with torch.no_grad():
         expected = plain_stats(tiny_model(seed=2), rows)[0][:6]
     assert trainer.score(trainer.train_dataset)["ref_chosen_logps"] == pytest.approx(expected.numpy(), rel=1e-5)
-    chosen = {"model_init_kwargs": {"dtype": "bfloat16"}}
-    trainer = tiny_trainer(tmp_path, model=tmp_path / "policy", **options | chosen)
-    assert trainer.model.dtype == trainer.ref_model.dtype == torch.bfloat16
+    for name in ("dtype", "torch_dtype"):
+        trainer = tiny_trainer(tmp_path, tmp_path / "policy", model_init_kwargs={name: torch.bfloat16}, **options)
+        assert trainer.model.dtype == trainer.ref_model.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
     "number, missing, message",
     [
+        (0, "ref_rejected_entropy", "the loss reads the reference, whose column 'ref_rejected_entropy'"),
         (0, "ref_rejected_logps", "the loss reads the reference, whose column 'ref_rejected_logps'"),
         (1, "ref_chosen_logps_1", r"reference_weights \(MRPO\) reads reference 2, whose column 'ref_chosen_logps_1'"),
     ],

@@ -224,6 +224,23 @@ def test_every_step_draws_anew_and_evaluations_do_not(tmp_path):
     assert other != trainer.evaluate()["eval_loss"]
 
 
+class Wrapper(torch.nn.Module):
+    """As DDP's: it stays in training mode around a model in evaluation."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.forward = module, module.forward
+
+
+def test_a_score_draws_alike_at_every_step(tmp_path):
+    trainer = trainer_of(tmp_path, "sampo")
+    expected = trainer.score(trainer.train_dataset)
+    trainer.state.global_step = 3
+    trainer.model_wrapped = Wrapper(trainer.model).train()
+    trainer.model.eval()
+    assert (trainer.score(trainer.train_dataset)["losses"] == expected["losses"]).all()
+
+
 # The cache
 
 
