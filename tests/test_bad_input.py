@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mallowspo import functional as F
-from mallowspo.checks import may_overlap
+from mallowspo.checks import check_alike, may_overlap
 
 LOGITS, LABELS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
 HIDDEN, WEIGHT, BIAS = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(5)
@@ -183,6 +183,12 @@ def test_a_bias_that_is_no_tensor_under_autocast():
 def test_the_message_names_the_dispersion():
     with pytest.raises(ValueError, match=r"neg_log_dispersion\[2\] is -2.5e-07;"):
         loss(neg_log_dispersion=torch.tensor([1.0, 2.0, -2.5e-7]))
+
+
+def test_tensors_of_two_devices():
+    """Of those that the functions accept, seen where there is a GPU."""
+    with pytest.raises(ValueError, match="move to one device: a is on cpu, b is on meta"):
+        check_alike(a=ONE, b=ONE.to("meta"))
 
 
 def test_no_bad_value_no_exception():

@@ -176,6 +176,7 @@ REFUSED = [
     ),
     ({"loss_type": "ipo", "dispersion_scale": 0.3}, "'ipo' uses no dispersion"),
     ({"loss_type": "dpo", "diff_stop_words": ["the"]}, "diff_stop_words is for bmc, loss_type is 'dpo'"),
+    ({"loss_type": "dpo", "diff_stop_words": []}, "diff_stop_words is for bmc, loss_type is 'dpo'"),
     ({"loss_type": "bmc", "diff_stop_words": "the"}, "diff_stop_words must be a list of words, got 'the'"),
     ({"use_liger_kernel": True}, "use_liger_kernel replaces the forward .* leave it out"),
     ({"label_smoothing_factor": 0.1}, "smooths token labels, not preferences; set label_smoothing"),

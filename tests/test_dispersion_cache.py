@@ -14,6 +14,7 @@ from tiny import lora, tiny_model, tiny_pairs, tiny_tokenizer
 from mallowspo.adapters import add_adapter
 from mallowspo.data import tokenize_pairs
 from mallowspo.dispersion import check_cache_folder, fingerprint, load_cache, save_cache
+from mallowspo.files import write_whole
 
 # Key
 
@@ -209,6 +210,13 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, call):
         save_cache(path, COLUMNS, "abc")
     assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(path)
     assert os.listdir(path.parent) == []
+
+
+def test_all_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    path, sizes = tmp_path / "new" / "folder" / "file", []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
+    write_whole(path, b"0123456789")
+    assert sizes == [10] and path.read_bytes() == b"0123456789"
 
 
 def test_a_failed_write_keeps_the_cache_that_was_there(path, monkeypatch):

@@ -6,6 +6,7 @@ import shutil
 from importlib.metadata import version
 
 import pytest
+import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from tiny import lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer
@@ -56,6 +57,7 @@ def test_the_card_of_a_run(tmp_path):
     assert cells["train"] == ["not named", "7", "6", train._fingerprint]
     assert cells["eval"] == ["not named", "3", "3", held_out._fingerprint]
     settings = {"learning_rate": 0.01, "seed": 11, "max_length": 20, "steps done": 2, "pairs per step": 4}
+    settings |= {"lr_scheduler_type": "linear", "optim": trainer.args.optim.value}
     assert {name: cells[name] for name in settings} == {name: [str(value)] for name, value in settings.items()}
     assert cells["parameters trained"] == [str(trainer.model.num_parameters())]
     loss = trainer.score(held_out)["losses"].mean()
@@ -219,6 +221,15 @@ def test_only_what_is_trained_is_counted(tmp_path):
     trainer.create_model_card()
     count = sum(p.numel() for name, p in trainer.model.named_parameters() if "lora_" in name)
     assert rows(written(tmp_path))["parameters trained"] == [str(count)]
+
+
+def test_weights_that_other_ranks_hold_are_counted(tmp_path):
+    """ZeRO-3 leaves an empty tensor, with the number of its elements."""
+    trainer = tiny_trainer(tmp_path)
+    expected, head = trainer.model.num_parameters(), trainer.model.lm_head.weight
+    head.ds_numel, head.data = head.numel(), torch.empty(0)
+    trainer.create_model_card()
+    assert rows(written(tmp_path))["parameters trained"] == [str(expected)]
 
 
 @pytest.mark.parametrize("template", [None, "{{ messages[0].content }}"])

@@ -358,6 +358,7 @@ REFUSED = [
     ({"link": "apo-zero", "divergence": "js"}, "divergence='js' changes a margin, and the link 'apo-zero'"),
     ({"link": "exo"}, "link 'exo' reads label_smoothing .* got 0.0 and False"),
     ({"link": "exo", "label_smoothing": 0.1, "robust": True}, "robust False, got 0.1 and True"),
+    ({"gamma": -0.5, "label_smoothing": 0.1, "robust": True}, "robust=True with gamma=-0.5 is not unbiased"),
     ({"gamma": 0.5, "label_smoothing": 0.1, "robust": True}, "robust=True with gamma=0.5 is not unbiased.*leave one"),
     ({"divergence": "kl"}, "unknown divergence 'kl'; choose one of reverse-kl, forward-kl, js, alpha"),
     ({"divergence_alpha": math.inf}, "divergence_alpha must be finite, got inf"),

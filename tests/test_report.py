@@ -2,8 +2,10 @@
 
 import base64
 import json
+import os
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -178,6 +180,31 @@ def test_a_missing_markdown_library_is_named(folder, monkeypatch):
 def test_a_caption_is_text(folder):
     (folder / "results.md").write_text("![where x<b>y</b>](entropy.png)\n")
     assert Page(report.page(folder)).texts("figcaption")[0] == "where x<b>y</b>"
+
+
+def test_the_time_is_that_of_the_run_in_utc(folder, monkeypatch):
+    os.utime(folder / "results.json", (0, 0))
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        assert "written 1970-01-01 00:00 UTC" in report.page(folder)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_plots_that_the_text_does_not_show_come_by_their_names(folder, monkeypatch):
+    (folder / "results.md").write_text("# Bandit\n")
+    paths = sorted(folder.glob("*.png"), reverse=True)
+    monkeypatch.setattr(type(folder), "glob", lambda self, pattern: iter(paths))
+    page = Page(report.page(folder))
+    assert page.texts("figcaption") == ["entropy", "of two words", "training loss"]
+    assert page.texts("h2") == ["Plots"]
+
+
+def test_names_of_settings_are_text(folder):
+    (folder / "results.json").write_text(json.dumps({"settings": {"<b>a": 1}}))
+    assert Page(report.page(folder)).texts("td")[-2:] == ["<b>a", "1"]
 
 
 def test_only_short_cells_stay_on_one_line(folder):

@@ -161,6 +161,7 @@ def test_a_config_without_the_newer_fields(tmp_path):
             "has no whole number >= 1 as vocab_size, hidden_size, .*intermediate_size; give the config.json of",
         ),
         (CONFIG | {"hidden_size": 0, "head_dim": "8"}, "has no whole number >= 1 as hidden_size, head_dim; give"),
+        (CONFIG | {"vocab_size": True}, "has no whole number >= 1 as vocab_size; give"),
         (CONFIG | {"num_local_experts": 8}, "has num_local_experts=8, a mixture of experts; give a dense model's"),
         (CONFIG | {"num_experts": 60}, "has num_experts=60, a mixture of experts"),
         (CONFIG | {"n_routed_experts": 64}, "has n_routed_experts=64, a mixture of experts"),
