@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tiny import lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
+from tiny import lora, plain_stats, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
 from transformers import HfArgumentParser, TrainerCallback
 
 from mallowspo import preset
+from mallowspo.data import tokenize_pairs
 from mallowspo.dispersion import agreement_to_neg_log_dispersion
 
 trl = pytest.importorskip("trl", minversion="1.16", reason="trl is not installed: pip install 'mallowspo[trl]'")
@@ -204,6 +205,17 @@ def test_the_normalised_entropy_is_that_of_mallows_trainer(tmp_path):
     trainer = ours(tmp_path / "column", data=data, eval_data=data, per_device_eval_batch_size=2 * STEPS)
     expected = agreement_to_neg_log_dispersion(AGREEMENT["agreement"], "mallows-theta").mean()
     assert trainer.evaluate()["eval_dispersion/neg_log_mean"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_index_is_over_all_outcomes_of_the_model(tmp_path):
+    """A head is often wider than its tokenizer."""
+    reference, data = tiny_model(seed=1, vocab_size=30), tiny_pairs(4, seed=1)
+    rows = tokenize_pairs(data, tiny_tokenizer()).to_list()
+    expected = plain_stats(reference, rows)[1].mean().item() / math.log(30)
+    args = DPOConfig(output_dir=str(tmp_path), **SETTINGS | {"per_device_eval_batch_size": 4})
+    sets = {"train_dataset": data, "eval_dataset": data, "processing_class": tiny_tokenizer()}
+    found = DPOTrainer(tiny_model(vocab_size=30), reference, args, **sets).evaluate()
+    assert found["eval_dispersion/entropy"] == pytest.approx(expected, rel=1e-5)
 
 
 # Names, defaults, options

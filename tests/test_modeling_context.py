@@ -59,6 +59,22 @@ def test_outliers_of_8_bit_layers_are_found_over_all_rows_which_is_no_looking_ah
     attach_token_stats(AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=eight, dtype=torch.float32))
 
 
+def test_a_state_that_no_layer_type_tells_of_keeps_prompts_apart(monkeypatch):
+    model = tiny_model()
+    attach_token_stats(model)
+    monkeypatch.setattr(type(model), "_is_stateful", True)
+    assert share_prompts(model, 32) == "LlamaForCausalLM carries a state from token to token"
+
+
+def test_flex_attention_is_compared_as_it_is(monkeypatch):
+    """On a CPU, transformers' own looks ahead in heads as small as these."""
+    model, tried = tiny_model(), []
+    attach_token_stats(model)
+    model.set_attn_implementation("flex_attention")
+    monkeypatch.setattr("mallowspo.modeling._packed_difference", lambda model, name: tried.append(name) or (0.0, 1.0))
+    assert share_prompts(model, 32) is None and tried == ["flex_attention"]
+
+
 # RoPE by the longest sequence of a batch
 
 HALF = SHAPE["hidden_size"] // SHAPE["num_attention_heads"] // 2

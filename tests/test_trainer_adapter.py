@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from mallowspo import AcceleratedRounds, AcceleratedTrainer
 from mallowspo.adapters import add_adapter, check_adapter_off, without_adapter
+from mallowspo.modeling import attach_token_stats, share_prompts
 
 # What an adapter may hold, and how its reference is read.
 ADAPTERS = {"lora": {}, "its own head": {"modules_to_save": ["lm_head"]}}
@@ -70,6 +71,13 @@ def test_an_adapter_that_changed_the_weights_below_it(init):
     model.peft_config["other"].init_lora_weights = init  # what it does needs data or a GPU
     with pytest.raises(ValueError, match=f"init_lora_weights='{init}' changes the weights below.*ref_model"):
         check_adapter_off(model, for_good=False)
+
+
+def test_an_inactive_adapter_that_looks_for_its_invocation():
+    model = add_adapter(tiny_model(), lora())
+    model.add_adapter("other", lora(alora_invocation_tokens=[10]))
+    attach_token_stats(model)
+    assert "invocation tokens once in each row" in share_prompts(model, 32)
 
 
 def test_trained_tokens_are_the_adapters(tmp_path):
