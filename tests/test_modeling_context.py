@@ -62,6 +62,8 @@ def test_outliers_of_8_bit_layers_are_found_over_all_rows_which_is_no_looking_ah
 def test_a_state_that_no_layer_type_tells_of_keeps_prompts_apart(monkeypatch):
     model = tiny_model()
     attach_token_stats(model)
+    model.config.layer_types = None
+    assert share_prompts(model, 32) is None
     monkeypatch.setattr(type(model), "_is_stateful", True)
     assert share_prompts(model, 32) == "LlamaForCausalLM carries a state from token to token"
 
