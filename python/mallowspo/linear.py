@@ -304,8 +304,8 @@ def _differentiate(logits, softcap, *arguments):
 
 
 def _direction(summed, state, weight, labels, ignore_index, temperature):
-    """W[y] - sum_v p_v W[v] over the temperature; the label's own term is (1 - p_y) W[y], which keeps its digits where
-    p_y is near 1. `summed` [n, D] is minus the sum over the other entries before the division by s."""
+    """W[y] - sum_v p_v W[v] over the temperature, the label's own terms as (1 - p_y) W[y]: no sum cancels where p_y is
+    near 1. `summed` [n, D] is minus the sum over the other entries before the division by s."""
     _, log_sum, _, logps = state
     own = weight[labels.masked_fill(labels == ignore_index, 0)].to(summed.dtype)
     own *= (-torch.expm1(logps) / temperature)[:, None]
