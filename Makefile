@@ -7,7 +7,7 @@
 #                   SELECT="-k bfloat16", say, measures a part of it (into outputs/benchmark)
 # make benchmark-step   the same for a whole training step beside TRL's; SELECT="--select LoRA", say, a part of it
 # make lint         ruff
-# Set PYTHON to name another Python 3.11 or newer.
+# Set PYTHON to name another Python 3.11 or newer, after a make clean where there is a .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,6 +23,8 @@ $(VENV)/python:
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or \
 	  sys.exit('mallowspo needs Python 3.11 or newer: make PYTHON=/path/to/python3.11')"
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import sys; sys.version_info >= (3, 11) or \
+	  sys.exit('.venv is of Python %d.%d: make clean removes it' % sys.version_info[:2])"
 	touch $@
 
 # torch first: an unpinned one would be the newest with its CUDA packages, several gigabytes.

@@ -35,7 +35,7 @@ def refusal(result):
     return text[text.index("mallowspo:") :]
 
 
-def stub_torch(directory, version):
+def stub_torch(directory, version, cuda=None):
     """A package that calls itself torch of another version, and nothing else."""
     package = directory / "torch"
     package.mkdir()
@@ -44,7 +44,7 @@ def stub_torch(directory, version):
         "class Version(str):\n"
         "    def __lt__(self, other): return [int(x) for x in self.split('.')] < [int(x) for x in other.split('.')]\n"
         f"__version__ = Version('{version}')\n"
-        "version = SimpleNamespace(cuda=None)\n"
+        f"version = SimpleNamespace(cuda={cuda!r})\n"
     )
     return str(directory)
 
@@ -86,6 +86,19 @@ def test_missing_compiler_is_refused(tmp_path):
     (tmp_path / "bin").mkdir()
     path = path_without("c++", "g++", "clang", "CC", "x86_64-linux-gnu-g++", "aarch64-linux-gnu-g++")(tmp_path / "bin")
     assert "no C++ compiler was found; install GCC 12" in refusal(configure(tmp_path / "build", PATH=path))
+
+
+def test_a_compiler_that_fails_is_shown_failing(tmp_path):
+    text = refusal(configure(tmp_path, CXXFLAGS="--bogus"))
+    assert "Check CXX and CXXFLAGS" in text and "unrecognized command-line option" in text
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH that could fail")
+@pytest.mark.parametrize("wish", ["1", ""])
+def test_an_nvcc_that_fails_is_not_left_out(tmp_path, wish):
+    stub = stub_torch(tmp_path, "2.13.0", cuda="13.0")
+    text = refusal(configure(tmp_path / "build", PYTHONPATH=stub, MALLOWSPO_CUDA=wish, CUDAHOSTCXX="/usr/bin/false"))
+    assert "CUDAHOSTCXX, or set MALLOWSPO_CUDA=0" in text and "CUDA compiler" in text
 
 
 @pytest.mark.parametrize("version", ["2.9.1", "1.13.0"])
@@ -182,7 +195,7 @@ def test_a_failed_build_says_why_first(tmp_path, monkeypatch):
     command = [sys.executable, "setup.py", "build_ext", "--build-temp", tmp_path / "temp", "--build-lib", tmp_path]
     result = run(command, CXX="none")
     first, *_, last = result.stderr[result.stderr.index("CMake Error") :].strip().split("\n\n")
-    assert result.returncode != 0 and "mallowspo: no C++ compiler was found" in first
+    assert result.returncode != 0 and "specified in the environment variable CXX" in first
     assert last.strip() == "mallowspo: the native build failed; the first error above says why"
 
 

@@ -212,6 +212,16 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, call):
     assert os.listdir(path.parent) == []
 
 
+def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch):
+    def interrupted(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "file", b"0123456789")
+    assert os.listdir(tmp_path) == []
+
+
 def test_all_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     path, sizes = tmp_path / "new" / "folder" / "file", []
     monkeypatch.setattr(os, "fsync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
