@@ -377,14 +377,13 @@ def test_the_model_of_rounds_is_loaded_as_it_is_told(tmp_path, caplog):
 def test_the_model_before_is_loaded_as_the_others(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     names = {"ref_model": str(tmp_path / "model"), "previous_model": str(tmp_path / "model")}
-    options = {
-        "kind": AcceleratedTrainer,
-        "alpha": 0.3,
-        "loss_type": "dpo",
-        "model_init_kwargs": {"dtype": "bfloat16"},
-    }
-    trainer = tiny_trainer(tmp_path, **names, **options)
+    options = {"kind": AcceleratedTrainer, "alpha": 0.3, "loss_type": "dpo"}
+    trainer = tiny_trainer(tmp_path, model_init_kwargs={"dtype": "bfloat16"}, **names, **options)
     assert trainer.previous_model.dtype == trainer.ref_model.dtype == torch.bfloat16
+    frozen = [trainer.previous_model, trainer.ref_model]
+    trainer.next_round()
+    frozen.append(trainer.ref_model)
+    assert not any(parameter.requires_grad for model in frozen for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["is_fsdp_enabled", "is_deepspeed_enabled"])

@@ -15,6 +15,14 @@ def test_pairs_that_fill_up_a_batch_are_in_no_mean():
     assert means.read("train") == {"a": 2.0} and means.read("train") == {}
 
 
+def test_many_steps_are_summed_in_double():
+    """A float32 sum would stop growing."""
+    means = Means(Accelerator(cpu=True))
+    for value in (2.0**24, 1.0, 1.0, 1.0, 1.0):
+        means.add("train", {"a": torch.tensor([value])})
+    assert means.read("train") == {"a": (2**24 + 4) / 5}
+
+
 def test_the_entropy_is_the_policys_over_both_responses(tmp_path):
     data, policy = tiny_pairs(3), tiny_model(seed=1)
     trainer = tiny_trainer(tmp_path, policy, ref_model=tiny_model(), loss_type="dpo", eval_dataset=data)
