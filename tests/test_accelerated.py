@@ -344,11 +344,12 @@ def test_the_model_before_must_share_prompts_too(tmp_path):
     assert trainer.data_collator.share_prompt is False
 
 
-def test_callbacks_see_every_round(tmp_path):
+def test_every_round_has_callbacks_and_evaluation_set(tmp_path):
     begun, options = [], {"rounds": 2, "alpha": 0.3, "processing_class": tiny_tokenizer()}
     options["callbacks"] = [Watch("on_train_begin", lambda: begun.append(1))]
-    list(accelerated_rounds(tiny_model(), lambda *_: tiny_pairs(2), config(tmp_path), **options))
-    assert len(begun) == 2
+    options["eval_dataset"] = tiny_pairs(3, seed=1)
+    trainers = accelerated_rounds(tiny_model(), lambda *_: tiny_pairs(2), config(tmp_path), **options)
+    assert all(trainer.evaluate()["eval_loss"] > 0 for trainer in trainers) and len(begun) == 2
 
 
 def test_no_rounds(tmp_path):

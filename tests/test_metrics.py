@@ -61,3 +61,24 @@ def test_an_interrupted_evaluation_leaves_nothing_to_the_next(tmp_path):
         trainer.evaluate()
     trainer.prediction_step = step
     assert trainer.evaluate()["eval_logps/chosen"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_interrupted_training_leaves_nothing_to_the_next(tmp_path):
+    options = {"logging_steps": 2, "learning_rate": 0.0, "train_sampling_strategy": "sequential"}
+    trainer = tiny_trainer(tmp_path, **options)
+    trainer.train()
+    expected = train_logs(trainer)[0]["logps/chosen"]
+    step, calls = trainer.training_step, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    trainer.training_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.training_step = step
+    trainer.train()
+    assert train_logs(trainer)[-1]["logps/chosen"] == pytest.approx(expected, rel=1e-6)
