@@ -344,11 +344,12 @@ def test_the_model_before_must_share_prompts_too(tmp_path):
     assert trainer.data_collator.share_prompt is False
 
 
-def test_callbacks_see_every_round(tmp_path):
+def test_every_round_has_callbacks_and_evaluation_set(tmp_path):
     begun, options = [], {"rounds": 2, "alpha": 0.3, "processing_class": tiny_tokenizer()}
     options["callbacks"] = [Watch("on_train_begin", lambda: begun.append(1))]
-    list(accelerated_rounds(tiny_model(), lambda *_: tiny_pairs(2), config(tmp_path), **options))
-    assert len(begun) == 2
+    options["eval_dataset"] = tiny_pairs(3, seed=1)
+    trainers = accelerated_rounds(tiny_model(), lambda *_: tiny_pairs(2), config(tmp_path), **options)
+    assert all(trainer.evaluate()["eval_loss"] > 0 for trainer in trainers) and len(begun) == 2
 
 
 def test_no_rounds(tmp_path):
@@ -377,14 +378,13 @@ def test_the_model_of_rounds_is_loaded_as_it_is_told(tmp_path, caplog):
 def test_the_model_before_is_loaded_as_the_others(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     names = {"ref_model": str(tmp_path / "model"), "previous_model": str(tmp_path / "model")}
-    options = {
-        "kind": AcceleratedTrainer,
-        "alpha": 0.3,
-        "loss_type": "dpo",
-        "model_init_kwargs": {"dtype": "bfloat16"},
-    }
-    trainer = tiny_trainer(tmp_path, **names, **options)
+    options = {"kind": AcceleratedTrainer, "alpha": 0.3, "loss_type": "dpo"}
+    trainer = tiny_trainer(tmp_path, model_init_kwargs={"dtype": "bfloat16"}, **names, **options)
     assert trainer.previous_model.dtype == trainer.ref_model.dtype == torch.bfloat16
+    frozen = [trainer.previous_model, trainer.ref_model]
+    trainer.next_round()
+    frozen.append(trainer.ref_model)
+    assert not any(parameter.requires_grad for model in frozen for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["is_fsdp_enabled", "is_deepspeed_enabled"])

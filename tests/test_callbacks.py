@@ -135,6 +135,7 @@ def test_text_that_looks_like_several_lines(tmp_path, monkeypatch):
         trainer.evaluate()
     assert sorted(row["step"] for row in sampled(tmp_path)) == [0] * 3 + [1] * 3 + [2] * 3
     assert {row["completion"] for row in sampled(tmp_path)} == {text}
+    assert "\u00e9" in (tmp_path / "generations.jsonl").read_text(encoding="utf-8")  # for people to read, no escape
 
 
 def test_which_prompts(tmp_path):
@@ -240,6 +241,19 @@ def test_greedy_whatever_the_model_is_set_to(tmp_path, own):
     trainer.state.global_step = 1
     trainer.evaluate()
     assert sampled(tmp_path, 1) == expected
+
+
+def test_an_answer_that_ends_before_the_others(tmp_path):
+    """It is filled up with the tokenizer's padding, which is no text, whatever the model itself would pad with."""
+    trainer = with_samples(tmp_path)
+    trainer.evaluate()
+    whole = [completion.split() for _, completion in sampled(tmp_path, 0)]
+    end, other = trainer.processing_class.convert_tokens_to_ids([whole[0][0], "sky"])
+    assert any(whole[0][0] not in words for words in whole)
+    trainer.model.generation_config.update(eos_token_id=end, pad_token_id=other)
+    trainer.state.global_step = 1
+    trainer.evaluate()
+    assert sampled(tmp_path, 1)[0][1] == whole[0][0]
 
 
 def test_a_prompt_that_just_leaves_the_room(tmp_path):

@@ -249,6 +249,7 @@ def test_without_a_reference_given_trl_makes_one(tmp_path):
     first = train_logs(trainer)[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["rewards/margins"] == 0
     assert 0 < first["dispersion/entropy"] < 1
+    assert first["rewards/accuracies"] == 0  # of ties, as TRL counts them
 
 
 def test_from_the_command_line(tmp_path):

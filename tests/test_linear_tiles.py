@@ -268,6 +268,71 @@ def test_a_maximum_that_leaps_from_tile_to_tile(dtype, order):
         torch.testing.assert_close(one.double(), two, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("trained", "softcap"), [(["hidden"], None), (["hidden"], 3.0), (["hidden", "weight"], None)], ids=str
+)
+def test_hidden_gradients_add_up_in_float32(trained, softcap):
+    """One column a tile and many tiles: sums kept in the hidden state's own dtype would stop growing."""
+    weight = torch.zeros(1024, 1).bfloat16()
+    weight[512:] = 1
+    tensors = {"hidden": torch.zeros(1, 1).bfloat16(), "weight": weight}
+    labels, grads = torch.zeros(1, dtype=torch.long), torch.ones(2, 1)
+    options = {"softcap": softcap, "memory_budget": 1}
+    _, _, on_hidden, *_ = run(F.linear_token_stats, tensors, labels, grads, trained, (0,), **options)
+    assert on_hidden.item() == -0.5
+
+
+def test_a_bias_gradient_adds_up_in_float32():
+    """A chunk's sum has more digits than half precision, in which three of them would make 192."""
+    tensors = {"hidden": torch.zeros(771, 1), "weight": torch.zeros(4, 1), "bias": torch.zeros(4)}
+    tensors = {name: x.bfloat16() for name, x in tensors.items()}
+    labels, grads = torch.zeros(771, dtype=torch.long), torch.ones(2, 771)
+    *_, on_bias = run(F.linear_token_stats, tensors, labels, grads, ["bias"], (0,), chunk_tokens=257)
+    assert on_bias.tolist() == [580, -193, -193, -193]
+
+
+def test_a_gradient_that_half_precision_does_not_hold():
+    """A loss scale makes one; its product with what a frozen head has kept is in float32."""
+    tensors = {"hidden": torch.zeros(1, 1).half(), "weight": torch.tensor([[2.0**-10], [0.0]]).half()}
+    labels, grads = torch.zeros(1, dtype=torch.long), torch.full((2, 1), 2.0**17)
+    *_, on_hidden = run(F.linear_token_stats, tensors, labels, grads, ["hidden"], (0,))
+    assert on_hidden.item() == 64
+
+
+@pytest.mark.parametrize("trained", [["hidden"], ["hidden", "weight"]], ids="+".join)
+def test_results_may_be_changed_in_place(trained):
+    """They share no memory with what the backward reads."""
+    tensors, labels, grads = head()
+
+    def scaled(*args, **options):
+        stats = F.linear_token_stats(*args, **options)
+        return stats._replace(logps=stats.logps.mul_(2), entropy=stats.entropy.mul_(3))
+
+    twice, once = (run(f, tensors, labels, grads, trained) for f in (scaled, F.linear_token_stats))
+    scaled_grads = run(F.linear_token_stats, tensors, labels, grads * torch.tensor([[2.0], [3.0]]), trained)
+    for one, two in zip(twice, [2 * once[0], 3 * once[1], *scaled_grads[2:]], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-13, atol=1e-13)
+
+
+def test_a_cap_costs_no_digits():
+    """Logits that half precision holds exactly are capped in float32."""
+    tensors, labels, _ = head(torch.bfloat16)
+    hidden, weight = torch.ones(N, 1).bfloat16(), tensors["weight"][:, :1]
+    actual = F.linear_token_stats(hidden, weight, labels, softcap=3.0)
+    for one, two in zip(actual, whole(hidden.double(), weight.double(), labels, softcap=3.0), strict=True):
+        torch.testing.assert_close(one.double(), two, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [7, V])
+def test_a_frozen_head_that_multiplies_ignored_tokens(columns, monkeypatch):
+    """As on an accelerator and in a compiled function, which do not look for them: they have no gradient."""
+    arguments, cut = (*head(), ["hidden"], (0,)), tiles(columns, 4)
+    expected = run(F.linear_token_stats, *arguments, **cut)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for one, two in zip(run(F.linear_token_stats, *arguments, **cut), expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-13, atol=1e-13)
+
+
 # --- the tile operators against whole rows ---------------------------------------------------------------------------
 
 

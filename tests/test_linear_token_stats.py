@@ -310,21 +310,25 @@ class PeakBytes(TorchDispatchMode):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("chunk_tokens", [64, None])
 @pytest.mark.parametrize("ignores", [True, False])
-@pytest.mark.parametrize(("trained", "budget"), [(1, 2**16), (2, 2**17)], ids=["frozen head", "trained head"])
-def test_works_within_the_budget(dtype, softcap, chunk_tokens, ignores, trained, budget, monkeypatch):
+@pytest.mark.parametrize("trained", ["hidden", "hidden weight", "hidden up"])
+def test_works_within_the_budget(dtype, softcap, chunk_tokens, ignores, trained, monkeypatch):
     """All that is held, from the forward to the end of the backward, less the results and the gradients."""
     monkeypatch.setattr(linear, "CPU_TILE", 2**15)
     rows, depth, vocab = 384, 32, 1024  # a frozen head's budget does not hold [rows, depth] beside a tile
-    hidden, weight = torch.randn(rows, depth).to(dtype), torch.randn(vocab, depth).to(dtype)
+    budget = 2**16 if trained == "hidden" else 2**17
+    shapes = {"hidden": rows, "weight": vocab, "down": rows, "up": vocab}
+    tensors = {name: torch.randn(n, depth).to(dtype) for name, n in shapes.items()}
     labels = torch.zeros(rows, dtype=torch.long)
     labels[: 7 if ignores else 0] = -100
-    leaves = [tensor.requires_grad_() for tensor in (hidden, weight)[:trained]]
+    leaves = [tensors[name].requires_grad_() for name in trained.split()]
+    hidden, weight, *low_rank = tensors.values()
     options = {"softcap": softcap, "chunk_tokens": chunk_tokens, "memory_budget": budget}
+    options |= {"low_rank": low_rank} if "up" in trained else {}
     with PeakBytes() as held:
         stats = F.linear_token_stats(hidden, weight, labels, **options)
         gradients = torch.autograd.grad(stats, leaves, [torch.ones(rows)] * 2)
     own = sum(x.nbytes for x in (*stats, *gradients))
-    if trained == 1 and softcap is None:
+    if trained == "hidden" and softcap is None:
         own += hidden.nbytes  # kept for a gradient of the log-probabilities alone
     numbers = 8 * 4 * rows  # eight a token
     assert budget / 4 <= held.peak - own <= budget + numbers

@@ -15,6 +15,14 @@ def test_pairs_that_fill_up_a_batch_are_in_no_mean():
     assert means.read("train") == {"a": 2.0} and means.read("train") == {}
 
 
+def test_many_steps_are_summed_in_double():
+    """A float32 sum would stop growing."""
+    means = Means(Accelerator(cpu=True))
+    for value in (2.0**24, 1.0, 1.0, 1.0, 1.0):
+        means.add("train", {"a": torch.tensor([value])})
+    assert means.read("train") == {"a": (2**24 + 4) / 5}
+
+
 def test_the_entropy_is_the_policys_over_both_responses(tmp_path):
     data, policy = tiny_pairs(3), tiny_model(seed=1)
     trainer = tiny_trainer(tmp_path, policy, ref_model=tiny_model(), loss_type="dpo", eval_dataset=data)
@@ -53,3 +61,24 @@ def test_an_interrupted_evaluation_leaves_nothing_to_the_next(tmp_path):
         trainer.evaluate()
     trainer.prediction_step = step
     assert trainer.evaluate()["eval_logps/chosen"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_interrupted_training_leaves_nothing_to_the_next(tmp_path):
+    options = {"logging_steps": 2, "learning_rate": 0.0, "train_sampling_strategy": "sequential"}
+    trainer = tiny_trainer(tmp_path, **options)
+    trainer.train()
+    expected = train_logs(trainer)[0]["logps/chosen"]
+    step, calls = trainer.training_step, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    trainer.training_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.training_step = step
+    trainer.train()
+    assert train_logs(trainer)[-1]["logps/chosen"] == pytest.approx(expected, rel=1e-6)

@@ -209,6 +209,16 @@ def test_several_evaluation_sets(tmp_path):
     assert not any("runtime" in name or "per_second" in name for name in cells)
 
 
+def test_a_set_that_was_exchanged_is_none_of_the_data(tmp_path):
+    trainer = tiny_trainer(tmp_path, eval_dataset=tiny_pairs(3, seed=1))
+    trainer.create_model_card()
+    assert {"train", "eval"} <= rows(written(tmp_path)).keys()
+    trainer.eval_dataset = tiny_pairs(4, seed=2)
+    trainer.create_model_card()
+    cells = rows(written(tmp_path))
+    assert "train" in cells and "eval" not in cells
+
+
 def test_the_first_rank_writes_it(tmp_path, monkeypatch):
     trainer = tiny_trainer(tmp_path)
     monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)

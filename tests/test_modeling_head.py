@@ -114,8 +114,9 @@ def test_float32_and_the_models_other_calls(where):
         assert torch.equal(sequence_stats(other, BATCH).logps, expected.logps)
 
 
-def test_float32_adapters_on_a_bfloat16_model():
-    model = adapted(tiny_model().to(torch.bfloat16))
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_float32_adapters_on_a_bfloat16_model(lora_bias):
+    model = adapted(tiny_model().to(torch.bfloat16), lora_bias=lora_bias)
     head = model.get_base_model().lm_head
     assert head.lora_B["default"].weight.dtype == torch.float32 and head.weight.dtype == torch.bfloat16
     attach_token_stats(model)
