@@ -6,7 +6,8 @@ finds it in the cache. What each case costs, in products of [N, D] with [D, V]:
 - forward alone: one;
 - head frozen: two. The hidden gradient of a token's log-probability is g (W[y] - sum_v p_v W[v]); all but g is known
   in the forward, where a running rescale, as the maximum grows from tile to tile, sums it up without the logits. It is
-  kept, [N, D];
+  kept, [N, D]. With a gradient of the entropy, and under torch.compile, where each output has one, the logits are
+  computed again: four;
 - head trained: three for the tiles whose logits stay until the backward, where they become their own gradient; four
   for the others, which are computed again there. They stay in the budget, and in the memory of the weight's gradient,
   which is thus taken in the forward already: all but a tile where N <= D, D/N of them where N is larger. A trained
