@@ -7,9 +7,12 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from mallowspo import _C, reference
 from mallowspo import functional as F
+from mallowspo.metrics import Means
+from mallowspo.token_weights import response_sums
 
 DEVICE = os.environ.get("MALLOWSPO_CUDA_TESTS_ON", "cuda")  # "cpu" is for test_build.py's rehearsal
 if DEVICE != "cuda":
@@ -296,12 +299,17 @@ def test_nothing_waits_for_the_device(shape):
     case = on_gpu(torch.bfloat16, shape)
     hidden, weight = (torch.randn(n, 16, device=DEVICE, requires_grad=True) for n in (len(case[1]), 50))
     labels = case[1].clamp(max=49)
+    token_logps, num_tokens = case[2][0].requires_grad_(), torch.full((1,), len(case[1]), device=DEVICE)
+    means = Means(Accelerator())
 
     def everything():
         stats_and_gradient(*case)
         pair_results(case[2][0], case[2][1].abs())
         for head in (weight, weight.detach()):
             F.linear_token_stats(hidden, head, labels, chunk_tokens=1000).logps.sum().backward()
+        sums = response_sums(token_logps, num_tokens)
+        sums.backward()
+        means.add("train", {"logps": sums}, num_tokens)
 
     everything()  # what is set up once may wait
     torch.cuda.synchronize()

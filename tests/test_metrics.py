@@ -30,6 +30,19 @@ def test_the_entropy_is_the_policys_over_both_responses(tmp_path):
     assert trainer.evaluate()["eval_entropy"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_filler_that_is_not_a_number_is_in_no_mean():
+    means = Means(Accelerator(cpu=True))
+    means.add("train", {"a": torch.tensor([1.0, float("nan")])}, torch.tensor([1.0, 0.0]))
+    assert means.read("train") == {"a": 1.0}
+
+
+def test_adding_asks_no_device_for_a_value():
+    values = torch.empty(3, device="meta")  # which has none
+    means = Means(Accelerator(cpu=True))
+    for mode in ("train", "eval"):
+        means.add(mode, {"a": values, "b": values}, torch.empty(3, device="meta"))
+
+
 def test_each_log_is_of_the_steps_since_the_last_one(tmp_path):
     options = {"rows": 8, "max_steps": 4, "learning_rate": 0.0, "lr_scheduler_type": "constant"}
     runs = []

@@ -50,6 +50,23 @@ def log_sigmoid(x):
     return -math.log1p(math.exp(-x))
 
 
+# Sums
+
+
+def test_lengths_are_checked_where_that_waits_for_no_device(monkeypatch):
+    with pytest.raises(RuntimeError, match="lengths"):
+        response_sums(torch.ones(4), torch.tensor([3, 2]))
+    found, original = [], torch.segment_reduce
+
+    def recorded(*args, **kwargs):
+        found.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "segment_reduce", recorded)
+    response_sums(torch.ones(5, device="meta"), torch.ones(2, dtype=torch.int64, device="meta"))
+    assert found[0]["unsafe"]
+
+
 # Worked examples
 
 

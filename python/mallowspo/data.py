@@ -307,7 +307,7 @@ def _common_length(*sequences: Any) -> int:
     """Length of the longest common prefix."""
     length = 0
     for items in zip(*sequences, strict=False):
-        if any(item != items[0] for item in items[1:]):
+        if items.count(items[0]) < len(items):
             break
         length += 1
     return length

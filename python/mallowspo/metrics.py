@@ -48,13 +48,13 @@ class Means:
 
     def add(self, mode, values, counts=None):
         """Adds {name: [B]}, the same names every time; in training only of pairs whose counts [B] are not 0."""
-        table = torch.stack([value.detach().double() for value in values.values()], dim=1)
+        columns = [value.detach().double() for value in values.values()]
+        table = torch.stack([*columns, torch.ones_like(columns[0])], dim=1)  # the last column counts the pairs
         if mode == "eval":  # the ranks' last batches are filled up with pairs seen before; this cuts them off again
             table = self._accelerator.gather_for_metrics(table)
         elif counts is not None:
-            table = table[counts > 0]
-        sums = torch.cat([table.sum(0), table.new_tensor([len(table)])])
-        self._sums[mode] = list(values), sums + self._sums.get(mode, (None, 0))[1]
+            table = table.where(counts[:, None] > 0, 0)  # rows taken by a mask would make the host wait for a GPU
+        self._sums[mode] = list(values), table.sum(0) + self._sums.get(mode, (None, 0))[1]
 
     def drop(self, mode):
         self._sums.pop(mode, None)
