@@ -345,6 +345,19 @@ def test_divergences_are_finite_at_huge_ratios(divergence):
         assert all(math.isfinite(x) for values in results for x in values)
 
 
+@pytest.mark.parametrize("link", reference.LINKS)
+@pytest.mark.parametrize("divergence", ["reverse-kl", "forward-kl", "js", "alpha"])
+@pytest.mark.parametrize("clip_rejected", [False, True])
+def test_the_loss_of_an_undefined_ratio_is_nan(link, divergence, clip_rejected):
+    options = {"link": link, "beta": 0.7}
+    if link in reference.MARGIN_LINKS:
+        options |= {"divergence": divergence, "clip_rejected": clip_rejected and not link.endswith("exo")}
+    if link.endswith("exo"):
+        options["label_smoothing"] = 0.1
+    losses = native([math.nan, 0.5, 50.0, 0.5], [0.5, math.nan, math.nan, 0.25], [3.0] * 4, **options)[0]
+    assert [math.isnan(loss) for loss in losses] == [True, True, True, False]
+
+
 REFUSED = [
     ({"focal_gamma": 0.5, "link": "ipo"}, "focal_gamma=0.5 is a power of a probability, .* link 'ipo'"),
     ({"focal_gamma": -1.0}, "focal_gamma must be finite and >= 0, got -1.0"),
