@@ -34,8 +34,12 @@ def plain(r_w, r_l, a, **options):
     return [found.loss, found.grad_chosen, found.grad_rejected, found.grad_neg_log_dispersion]
 
 
+NEARLY_REVERSE_KL = {"link": "bradley-terry", "beta": 0.7, "divergence": "alpha", "divergence_alpha": 1.0005}
+
+
 @many
 @given(ratios, ratios, dispersions, strategies.pair_choices())
+@example(r_w=3.0, r_l=-2.0, a=1.0, options=NEARLY_REVERSE_KL)
 def test_native_is_the_oracle(r_w, r_l, a, options):
     found = [x for (x,) in native(r_w, r_l, a, **options)]
     expected = plain(r_w, r_l, a, **options)
@@ -343,6 +347,12 @@ def test_divergences_are_finite_at_huge_ratios(divergence):
             r_w, r_l, [0.0] * 16, link="bradley-terry", beta=0.1, divergence=divergence, divergence_alpha=alpha
         )
         assert all(math.isfinite(x) for values in results for x in values)
+
+
+def test_a_score_stays_where_it_is_beyond_e_to_the_80():
+    options = {"link": "bradley-terry", "beta": 0.1, "divergence": "forward-kl"}
+    loss, on_chosen, *_ = native([-79.0, -81.0, -100.0], [0.0] * 3, [0.0] * 3, **options)
+    assert loss[0] < loss[1] == loss[2] and on_chosen[0] < 0 and on_chosen[1:] == [0, 0]
 
 
 @pytest.mark.parametrize("link", reference.LINKS)
