@@ -309,6 +309,21 @@ def test_tiles_add_up_to_whole_rows(dtype, vocab, cuts, temperature, seed):
     assert torch.equal(logits, expected)
 
 
+@pytest.mark.parametrize("dtype", F.DTYPES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_tile_as_numerators(dtype, temperature):
+    """-e^(l - m) / temperature; 0 for the label and, whatever it holds, in a row that is ignored."""
+    logits = torch.randn(3, 600, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = -((logits.double() - logits.double().amax(1, keepdim=True)) / temperature).exp() / temperature
+    labels = torch.tensor([0, -100, 599])
+    logits[1], expected[1], expected[0, 0], expected[2, 599] = math.nan, 0.0, 0.0, 0.0
+    state = torch.zeros(4, 3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    state[0] = torch.finfo(state.dtype).min
+    ops.token_stats_tile(state, logits, labels, 0, 600, -100, temperature, True)
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(logits.double(), expected, rtol=tolerance, atol=tolerance)
+
+
 class Nothing(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

@@ -334,9 +334,10 @@ def test_finite_at_huge_ratios(link):
     r_w, r_l = zip(*itertools.product((1e6, 0.0, -1e6), repeat=2), strict=True)
     assert all(math.isfinite(x) for values in native(r_w, r_l, [3.0] * 9, **options) for x in values)
     # a masked token: log-probability -inf of the rejected response
-    loss, _, on_rejected, _ = native([0.5], [-math.inf], [3.0], **options)
+    loss, _, on_rejected, on_a = native([0.5], [-math.inf], [3.0], **options)
     if link not in ("sppo", "ipo", "mallows-ipo"):
-        assert math.isfinite(loss[0]) and on_rejected[0] == 0
+        assert math.isfinite(loss[0]) and on_rejected[0] == on_a[0] == 0
+    assert native([-math.inf], [0.5], [3.0], **options)[0][0] >= 0  # of the chosen one: not NaN
 
 
 @pytest.mark.parametrize("divergence", ["forward-kl", "js", "alpha"])
