@@ -349,7 +349,7 @@ def test_tiles_add_up_to_whole_rows(dtype, vocab, cuts, temperature, seed):
     logits = (torch.randn(4, vocab, generator=generator, dtype=torch.float64) * 3).to(dtype)
     logits[torch.rand(4, vocab, generator=generator) < 0.1] = -math.inf
     logits[:, -1] = 0.0
-    labels = torch.randint(vocab, (4,), generator=generator)
+    labels = torch.randint(vocab, (4, 2), generator=generator)[:, 0]  # not contiguous
     labels[1] = -100
     logps, entropy, row_max, log_sum = ops.token_stats(logits, labels, -100, temperature)
 
@@ -372,6 +372,21 @@ def test_tiles_add_up_to_whole_rows(dtype, vocab, cuts, temperature, seed):
             logits[:, start:stop], *grads, labels, *saved, start, vocab, -100, temperature
         )  # in place
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("dtype", F.DTYPES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_tile_as_numerators(dtype, temperature):
+    """-e^(l - m) / temperature; 0 for the label and, whatever it holds, in a row that is ignored."""
+    logits = torch.randn(3, 600, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = -((logits.double() - logits.double().amax(1, keepdim=True)) / temperature).exp() / temperature
+    labels = torch.tensor([0, -100, 599])
+    logits[1], expected[1], expected[0, 0], expected[2, 599] = math.nan, 0.0, 0.0, 0.0
+    state = torch.zeros(4, 3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    state[0] = torch.finfo(state.dtype).min
+    ops.token_stats_tile(state, logits, labels, 0, 600, -100, temperature, True)
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(logits.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 class Nothing(torch.autograd.Function):

@@ -85,7 +85,8 @@ def test_fifty_digits_where_the_arithmetic_changes(dtype, smoothing):
     near = torch.tensor([1 - 4 * torch.finfo(dtype).eps, 1.0, 1 + 4 * torch.finfo(dtype).eps], dtype=torch.float64)
     sizes = torch.tensor([1e-12, smoothing or 0.5, 3.0, 1e4], dtype=torch.float64)
     dispersions = torch.cat([near * 2**-10, near * 2, torch.tensor([1e-6, 0.3, 700.0, 1e3])])
-    grid = torch.cartesian_prod(sizes, dispersions)
+    far = torch.cartesian_prod(torch.tensor([1e8, 1e13, 1e18]).double(), torch.tensor([1e-6, 0.3, 700.0]).double())
+    grid = torch.cat([torch.cartesian_prod(sizes, dispersions), far])  # the asymptote, from u = 1e20 on
     by_u = torch.cartesian_prod(torch.cat([near * 2**-12, near * 80, torch.tensor([500.0, 690, 720, 744])]), sizes[1:])
     by_u = torch.stack([by_u[:, 1], by_u[:, 0] / by_u[:, 1]], dim=-1)
     by_u = by_u[(by_u[:, 1] >= 1e-6) & (by_u[:, 1] <= 1e3)]

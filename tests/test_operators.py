@@ -122,6 +122,10 @@ def test_operators_refuse_what_they_could_not_read():
             ops.token_stats_backward,
             (logps, None, logits, labels, labels.float().unsqueeze(-1)[..., :0], *saved[1:], -100, 1.0),
         ),
+        "entropy must be the output of": (
+            ops.token_stats_backward,
+            (logps.double(), None, logits, labels, *(x.double() for x in saved), -100, 1.0),
+        ),
         "grad_logps has another shape": (
             ops.token_stats_backward,
             (logps[:1], None, logits, labels, *saved, -100, 1.0),
@@ -137,6 +141,8 @@ def test_operators_refuse_what_they_could_not_read():
         ),
         "needs neg_log_dispersion": (ops.preference_loss, (*five[:4], None, *settings)),
         "unknown link 16": (ops.preference_loss, (*five, 16, *settings[1:])),
+        "unknown link -1": (ops.preference_loss, (*five, -1, *settings[1:])),
+        "unknown divergence -1": (ops.preference_loss, (*five, *settings[:8], -1, *settings[9:])),
         "unknown divergence 2": (ops.preference_loss, (*five, *settings[:8], 2, *settings[9:])),
         "neg_log_dispersion has another shape": (ops.mallows_log_prob, (five[0], five[4][:1], 1.0)),
         "float32, float64, bfloat16 or float16": (ops.mallows_log_prob, (labels, labels, 1.0)),
@@ -144,6 +150,32 @@ def test_operators_refuse_what_they_could_not_read():
     for message, (operator, arguments) in bad_calls.items():
         with pytest.raises(RuntimeError, match=message):
             operator(*arguments)
+
+
+def test_tiles_refuse_what_they_could_not_read_or_write():
+    logits, labels = logits_and_labels(rows=(6,))
+    logps, *saved = ops.token_stats(logits, labels, -100, 1.0)
+    state = torch.zeros(4, 6)
+
+    def forward(state=state, logits=logits, labels=labels, first=0, entries=11):
+        ops.token_stats_tile(state, logits.clone(), labels, first, entries, -100, 1.0, False)
+
+    def backward(logits=logits, labels=labels, first=0, entries=11):
+        ops.token_stats_backward_tile(logits, logps, None, labels, *saved, first, entries, -100, 1.0)
+
+    for other in (state[:3], torch.zeros(4, 5), state.double(), torch.zeros(6, 4).T):
+        with pytest.raises(RuntimeError, match="state must be .4, rows., contiguous"):
+            forward(state=other)
+    for tile in (forward, backward):
+        with pytest.raises(RuntimeError, match="a tile needs contiguous rows"):
+            tile(logits=logits.T.contiguous().T)
+        for place in ({"first": -1}, {"entries": 10}):
+            with pytest.raises(RuntimeError, match="a tile lies inside the vocabulary"):
+                tile(**place)
+        with pytest.raises(IndexError, match="label 11 .* vocabulary of 11"):
+            tile(labels=torch.full_like(labels, 11))
+    with pytest.raises(IndexError, match="label 11 .* vocabulary of 11"):
+        ops.token_stats_backward(logps, None, logits, torch.full_like(labels, 11), *saved, -100, 1.0)
 
 
 # --- differentiating twice -------------------------------------------------------------------------------------------

@@ -34,8 +34,12 @@ def plain(r_w, r_l, a, **options):
     return [found.loss, found.grad_chosen, found.grad_rejected, found.grad_neg_log_dispersion]
 
 
+NEARLY_REVERSE_KL = {"link": "bradley-terry", "beta": 0.7, "divergence": "alpha", "divergence_alpha": 1.0005}
+
+
 @many
 @given(ratios, ratios, dispersions, strategies.pair_choices())
+@example(r_w=3.0, r_l=-2.0, a=1.0, options=NEARLY_REVERSE_KL)
 def test_native_is_the_oracle(r_w, r_l, a, options):
     found = [x for (x,) in native(r_w, r_l, a, **options)]
     expected = plain(r_w, r_l, a, **options)
@@ -330,9 +334,10 @@ def test_finite_at_huge_ratios(link):
     r_w, r_l = zip(*itertools.product((1e6, 0.0, -1e6), repeat=2), strict=True)
     assert all(math.isfinite(x) for values in native(r_w, r_l, [3.0] * 9, **options) for x in values)
     # a masked token: log-probability -inf of the rejected response
-    loss, _, on_rejected, _ = native([0.5], [-math.inf], [3.0], **options)
+    loss, _, on_rejected, on_a = native([0.5], [-math.inf], [3.0], **options)
     if link not in ("sppo", "ipo", "mallows-ipo"):
-        assert math.isfinite(loss[0]) and on_rejected[0] == 0
+        assert math.isfinite(loss[0]) and on_rejected[0] == on_a[0] == 0
+    assert native([-math.inf], [0.5], [3.0], **options)[0][0] >= 0  # of the chosen one: not NaN
 
 
 @pytest.mark.parametrize("divergence", ["forward-kl", "js", "alpha"])
@@ -343,6 +348,25 @@ def test_divergences_are_finite_at_huge_ratios(divergence):
             r_w, r_l, [0.0] * 16, link="bradley-terry", beta=0.1, divergence=divergence, divergence_alpha=alpha
         )
         assert all(math.isfinite(x) for values in results for x in values)
+
+
+def test_a_score_stays_where_it_is_beyond_e_to_the_80():
+    options = {"link": "bradley-terry", "beta": 0.1, "divergence": "forward-kl"}
+    loss, on_chosen, *_ = native([-79.0, -81.0, -100.0], [0.0] * 3, [0.0] * 3, **options)
+    assert loss[0] < loss[1] == loss[2] and on_chosen[0] < 0 and on_chosen[1:] == [0, 0]
+
+
+@pytest.mark.parametrize("link", reference.LINKS)
+@pytest.mark.parametrize("divergence", ["reverse-kl", "forward-kl", "js", "alpha"])
+@pytest.mark.parametrize("clip_rejected", [False, True])
+def test_the_loss_of_an_undefined_ratio_is_nan(link, divergence, clip_rejected):
+    options = {"link": link, "beta": 0.7}
+    if link in reference.MARGIN_LINKS:
+        options |= {"divergence": divergence, "clip_rejected": clip_rejected and not link.endswith("exo")}
+    if link.endswith("exo"):
+        options["label_smoothing"] = 0.1
+    losses = native([math.nan, 0.5, 50.0, 0.5], [0.5, math.nan, math.nan, 0.25], [3.0] * 4, **options)[0]
+    assert [math.isnan(loss) for loss in losses] == [True, True, True, False]
 
 
 REFUSED = [

@@ -306,6 +306,17 @@ def test_an_impossible_rejected_response(dtype, link):
     assert losses.item() == (math.inf if "ipo" in link else 0.0)
 
 
+def test_what_no_float_can_hold_is_the_largest_one():
+    """A gradient that is infinite would be NaN times the 0 of a pair that is left out."""
+    tensors = [torch.tensor([x]) for x in (3e38, -3e38)] + [None, None, torch.ones(1)]
+    _, gradients = with_gradients(tensors, "mallows-ipo", beta=10.0)
+    assert [x.item() for x in gradients] == [(-1) ** i * torch.finfo(torch.float32).max for i in range(3)]
+    chosen, rejected, a = (torch.tensor([x], dtype=torch.float64) for x in (-1e305, 0.0, 1e4))
+    tensors = chosen, rejected, None, None, a
+    result, _ = with_gradients(tensors, "mallows-phi", beta=1.0)
+    assert result.losses.item() == torch.finfo(torch.float64).max
+
+
 # --- neg_log_dispersion ----------------------------------------------------------------------------------------------
 
 

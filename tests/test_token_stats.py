@@ -141,6 +141,7 @@ def test_a_large_offset_costs_no_digits(dtype, offset):
 @settings(max_examples=40)
 @given(dtype=dtypes, logit=st.floats(-3e4, 3e4), temperature=st.floats(0.1, 10), vocab=st.sampled_from([1, 20, 1100]))
 @example(dtype=torch.float32, logit=1e4, temperature=0.7, vocab=1)
+@example(dtype=torch.float32, logit=torch.finfo(torch.float32).min, temperature=1.0, vocab=20)
 def test_equal_logits_are_uniform_at_any_temperature(dtype, logit, temperature, vocab):
     logps, entropy = F.token_stats(
         torch.full((1, vocab), logit, dtype=dtype), torch.tensor([vocab - 1]), temperature=temperature
@@ -171,6 +172,15 @@ def test_half_precision_is_float32_rounded_once(dtype, temperature):
     exact = wide[2].double()
     rounded_once = (wide[2].to(dtype).double() - exact).abs()
     assert ((narrow[2].double() - exact).abs() <= rounded_once + 4e-6 * exact.abs()).all()
+
+
+def test_half_precision_rounds_ties_to_even_and_keeps_every_nan():
+    """A logit with all the probability has minus the incoming gradient: a tie or a NaN of all bits, in any lane."""
+    rows, certain = torch.arange(384), torch.tensor([6, 7, 550]).repeat_interleave(128)
+    incoming = (0x3F808000 + (rows % 128 << 16)).masked_fill(rows % 128 == 0, 0x7FFFFFFF).int().view(torch.float32)
+    logits = torch.where(torch.arange(600) == certain.unsqueeze(1), 0.0, -1e4).bfloat16()
+    gradient = with_gradient(F.token_stats, logits, torch.full((384,), 599), (incoming, None))[2]
+    torch.testing.assert_close(gradient[rows, certain], -incoming.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

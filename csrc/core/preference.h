@@ -89,7 +89,7 @@ MALLOWSPO_FN Value score(double r, const Objective& o) {
   if (k == 0) return {r, 1};
   constexpr double cap = 80;  // beyond, the score stays: no float32 gradient could be made of it
   const double t = k * r;
-  return {::expm1(t < cap ? t : cap) / k, t >= cap ? 0 : ::exp(t)};  // NaN stays NaN
+  return {::expm1(t >= cap ? cap : t) / k, t >= cap ? 0 : ::exp(t)};  // NaN stays NaN
 }
 
 // p log(p / q), the limit 0 at p = 0.
