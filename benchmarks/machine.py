@@ -35,7 +35,8 @@ def name(device):
     if device == "cuda":
         text = f"cuda {torch.cuda.get_device_name()}"
     else:
-        text = f"cpu {cpu_model()} {os.cpu_count()}c"
+        # Some clouds give one name to processors of several generations.
+        text = f"cpu {cpu_model()} {torch.backends.cpu.get_cpu_capability()} {os.cpu_count()}c"
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
