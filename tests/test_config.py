@@ -180,6 +180,8 @@ REFUSED = [
     ({"use_liger_kernel": True}, "use_liger_kernel replaces the forward .* leave it out"),
     ({"label_smoothing_factor": 0.1}, "smooths token labels, not preferences; set label_smoothing"),
     ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
+    ({"train_sampling_strategy": "batch_rebalance"}, "would count twice: set dataloader_drop_last=True"),
+    ({"length_column_name": "tokens"}, "length_column_name='tokens' is no column of the tokenised data"),
 ]
 
 
