@@ -146,6 +146,22 @@ def test_several_evaluation_sets(tmp_path, workers):
     assert metrics["eval_a_loss"] != metrics["eval_b_loss"]
 
 
+def test_an_evaluation_set_beside_the_constructors(tmp_path):
+    """Persistent workers are kept under one name for all sets given as objects, here once for each set."""
+    first, second = tiny_pairs(3, seed=1), tiny_pairs(4, seed=2)
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = tiny_trainer(tmp_path, ref_model=tiny_model(seed=3), loss_type="dpo", eval_dataset=first, **workers)
+    expected = {name: trainer.score(data)["losses"].mean() for name, data in {"a": first, "b": second}.items()}
+    assert expected["a"] != pytest.approx(expected["b"], rel=1e-2)
+    for _ in range(2):
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected["a"], rel=1e-5)
+        assert trainer.evaluate(second)["eval_loss"] == pytest.approx(expected["b"], rel=1e-5)
+    metrics = trainer.evaluate({"a": first, "b": second})
+    assert {name: metrics[f"eval_{name}_loss"] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert trainer.get_eval_dataloader() is trainer.get_eval_dataloader(first)
+    assert trainer.get_eval_dataloader(second) is trainer.get_eval_dataloader(second)
+
+
 def test_the_best_model_by_accuracy(tmp_path):
     trainer = tiny_trainer(
         tmp_path,
