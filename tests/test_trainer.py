@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tiny import lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
+from tiny import Averaging, lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
 
 import mallowspo
 from mallowspo import MallowsConfig, MallowsTrainer
@@ -202,6 +202,16 @@ def test_scoring_leaves_the_model_in_its_mode(tmp_path):
         trainer.score(trainer.train_dataset)
         assert trainer.model.training is training
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_scores_are_of_the_point_that_the_optimizer_evaluates(tmp_path):
+    model, data = tiny_model(), tiny_pairs(3, seed=1)
+    optimizer = Averaging(model.parameters(), lr=0.1)
+    trainer = tiny_trainer(tmp_path, model=model, optimizers=(optimizer, None), eval_dataset=data)
+    trainer.train()
+    assert optimizer.shift == 0.0
+    scores = trainer.score(data)
+    assert optimizer.shift == 0.3 and scores["losses"].mean() == pytest.approx(trainer.evaluate()["eval_loss"])
 
 
 # Sizes

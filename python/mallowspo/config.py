@@ -182,14 +182,14 @@ class MallowsConfig(ObjectiveArguments, TrainingArguments):
             )
         if getattr(self, "train_sampling_strategy", None) == "batch_rebalance" and not self.dataloader_drop_last:
             raise ValueError(
-                "train_sampling_strategy='batch_rebalance' fills up the last step of an epoch with pairs that cannot be "
-                "told from the others and would count twice: set dataloader_drop_last=True, which leaves that step out "
-                "(and an evaluation's last incomplete batch), or choose 'group_by_length'"
+                "train_sampling_strategy='batch_rebalance' fills up the last step of an epoch with pairs that cannot "
+                "be told from the others and would count twice: set dataloader_drop_last=True, which leaves that step "
+                "out (and an evaluation's last incomplete batch), or choose 'group_by_length'"
             )
         if self.length_column_name != "length":
             raise ValueError(
-                f"length_column_name={self.length_column_name!r} is no column of the tokenised data, whose lengths are "
-                "in 'length'; leave it out"
+                f"length_column_name={self.length_column_name!r} is no column of the tokenised data, whose lengths "
+                "are in 'length'; leave it out"
             )
         if self.use_liger_kernel:
             raise ValueError("use_liger_kernel replaces the forward that gives token statistics; leave it out")

@@ -337,6 +337,12 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self._means.read("eval").items()})
         return output
 
+    def use_evaluated_weights(self):
+        """As every evaluation does: a schedule-free optimiser puts the weights to evaluate in place of those it trains
+        at, and takes them back in the next step."""
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+
     # ---- per-pair results ------------------------------------------------------------------------------------------
 
     def score(self, dataset):
@@ -371,6 +377,7 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
                 columns[name.format("chosen")], columns[name.format("rejected")] = values.chunk(2)
             return columns if dispersion is None else columns | {"neg_log_dispersion": dispersion}
 
+        self.use_evaluated_weights()
         with evaluating(self.model):
             columns = self._over_pairs(tokenized, compute, "Scoring")
         return {"row": np.asarray(tokenized["row"][:])} | {k: v.double().numpy() for k, v in columns.items()}
