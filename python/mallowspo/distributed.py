@@ -66,9 +66,11 @@ class DistributedTrainer(Trainer):
         """As in ``transformers.Trainer``; True resumes from the newest checkpoint that was written to the end.
 
         Raises:
-            ValueError: nothing to train, no such checkpoint, or a second time under DeepSpeed.
+            ValueError: nothing to train, an optimizer of something else, no such checkpoint, or a second time under
+                DeepSpeed.
         """
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+        trained = {parameter for parameter in self.model.parameters() if parameter.requires_grad}
+        if not trained:
             raise ValueError(
                 f"no parameter of this {type(self.model).__name__} requires a gradient, so there is nothing to train: "
                 "load an adapter by peft's from_pretrained with is_trainable=True, not by its folder as model; after "
@@ -76,6 +78,13 @@ class DistributedTrainer(Trainer):
             )
         if self.deepspeed is not None:
             raise ValueError("DeepSpeed's engine serves one train(): save the model and make a new trainer of it")
+        held = {parameter for group in getattr(self.optimizer, "param_groups", ()) for parameter in group["params"]}
+        if held and not held & trained:
+            raise ValueError(
+                "the optimizer holds no parameter of this model that requires a gradient: make it of the model that "
+                "is given, which for an adapter is peft's get_peft_model(model, config), without peft_config; or "
+                "leave optimizers out"
+            )
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not sharded and not isinstance(self.model_wrapped, nn.parallel.DistributedDataParallel):
             # What an evaluation prepared, accelerate would not wrap again: no rank would see the others' gradients.
