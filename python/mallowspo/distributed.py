@@ -57,6 +57,18 @@ class DistributedTrainer(Trainer):
                 "accelerator_config's even_batches=False leaves some ranks with a batch less, for whom the others "
                 "would wait: leave it out; the pairs that fill up the last batch do not count"
             )
+        if not self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
+            raise ValueError(
+                "average_tokens_across_devices=False would divide the loss of each rank by its own pairs, and here it "
+                "is divided by those of all: leave it out"
+            )
+        sizes = {"context": self.get_cp_size(), "sequence": self.get_sp_size(), "tensor": self.get_tp_size()}
+        for kind, size in sizes.items():
+            if size > 1:
+                raise ValueError(
+                    f"parallelism that splits sequences or layers over the ranks, with {kind} size {size}, does not "
+                    "go with a head that reads whole ones: leave the size at 1; FSDP2 and DeepSpeed shard weights"
+                )
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
             # accelerate would round what the model returns, log-probabilities in float32, to the dtype of its layers.
