@@ -291,6 +291,11 @@ BAD_ARGUMENTS = [
     ({"train_dataset": tiny_pairs(1).select([])}, ValueError, "empty"),
     ({"train_dataset": Dataset.from_dict({"text": ["a"]})}, ValueError, "lacks.*chosen.*rejected"),
     ({"eval_dataset": Dataset.from_dict({"text": ["a"]})}, ValueError, "lacks.*chosen.*rejected"),
+    (
+        {"eval_dataset": {"a": tiny_pairs(2), "b": None}},
+        TypeError,
+        r"eval_dataset\['b'\] is None: give a data set, or leave 'b' out",
+    ),
     ({"processing_class": object()}, TypeError, "processing_class must be a tokenizer, got object"),
     ({"processing_class": None}, ValueError, "pass its tokenizer as processing_class"),
 ]

@@ -133,7 +133,10 @@ def tokenize_pairs(
 def evaluation_sets(eval_dataset: Any) -> dict[str, Any]:
     """The evaluation sets of a trainer, which takes one, a dict of several or None, each with its name in messages."""
     if isinstance(eval_dataset, dict):
-        return {f"eval {name}": dataset for name, dataset in eval_dataset.items() if dataset is not None}
+        for name, dataset in eval_dataset.items():
+            if dataset is None:
+                raise TypeError(f"eval_dataset[{name!r}] is None: give a data set, or leave {name!r} out")
+        return {f"eval {name}": dataset for name, dataset in eval_dataset.items()}
     return {} if eval_dataset is None else {"eval": eval_dataset}
 
 
