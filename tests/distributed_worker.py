@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
 from tiny import lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer
 from torch.distributed.device_mesh import init_device_mesh
@@ -258,14 +259,20 @@ def kill_in_the_second_save():
     Trainer._save_rng_state = save_or_die
 
 
+def refused(folder, match, **options):
+    """What no trainer takes on several ranks."""
+    with pytest.raises(ValueError, match=match):
+        tiny_trainer(folder / "refused", **options)
+
+
 def main(what, folder, *checkpoint):
     folder = Path(folder)
     for seed in range(3):  # before there are processes that save together
         saved_model(folder, seed)
     if what == "ddp":
         run(folder)
-        with pytest.raises(ValueError, match="even_batches=False leaves some ranks with a batch less"):
-            tiny_trainer(folder / "refused", accelerator_config={"even_batches": False})
+        refused(folder, "even_batches=False leaves some ranks with", accelerator_config={"even_batches": False})
+        refused(folder, "average_tokens_across_devices=False.*leave it out", average_tokens_across_devices=False)
         for adapter in (False, True):
             sharded(folder, adapter)
         resumable(folder, "saved")
@@ -287,8 +294,10 @@ def main(what, folder, *checkpoint):
             run(folder, HALF, bf16=True, **options)
         if what == "deepspeed_zero3":
             loaded = AutoModelForCausalLM.from_pretrained(options["model"])
-            with pytest.raises(ValueError, match="ZeRO-3 splits this model.*pass the name of the model"):
-                tiny_trainer(folder / "refused", **options | {"model": loaded})
+            refused(folder, "ZeRO-3 splits this model.*pass the name of the model", **options | {"model": loaded})
+        if what == "fsdp2":
+            config = ParallelismConfig(cp_size=2)
+            refused(folder, "splits sequences or layers.*context size 2.*leave", parallelism_config=config, **options)
         if what in SHARDED:
             resumable(folder, "saved", **options)
         resumable(folder, "resumed", *checkpoint, **options)

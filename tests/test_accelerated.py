@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny import (
+    Averaging,
     cache_files,
     lora,
     plain_stats,
@@ -286,6 +287,22 @@ def test_an_epoch_is_evaluated_and_saved_as_its_round_ended(tmp_path):
         assert {n: found[n] for n in names} == pytest.approx({n: expected[n] for n in names}, rel=1e-4)
         for name, weight in one.model.state_dict().items():
             torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_round_ends_with_the_weights_that_the_optimizer_evaluates(tmp_path, monkeypatch):
+    def averaging(self, *args):
+        self.optimizer = self.optimizer or Averaging(self.model.parameters(), lr=0.1)
+        return self.optimizer
+
+    monkeypatch.setattr(AcceleratedTrainer, "create_optimizer", averaging)
+    trainer = accelerated_trainer(tmp_path / "epochs", num_train_epochs=1)
+    trainer.train()
+    trained = trainer.model.lm_head.weight.detach().clone()
+    trainer.next_round()
+    torch.testing.assert_close(trainer.ref_model.lm_head.weight, trained + 0.3)
+    options = {"rounds": 1, "alpha": 0.5, "processing_class": tiny_tokenizer()}
+    (trainer,) = accelerated_rounds(tiny_model(), lambda *_: tiny_pairs(4), config(tmp_path), **options)
+    assert trainer.optimizer.optimizer.shift == 0.3
 
 
 def test_what_has_no_rounds_of_epochs(tmp_path):

@@ -1,6 +1,7 @@
 """MallowsConfig: every field changes something, and values that cannot be meant are refused."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -143,7 +144,10 @@ REFUSED = [
         {"loss_type": ["sigmoid", "bco_pair", "sft"]},
         "must be one preset, got .'sigmoid', 'bco_pair', 'sft'.; sft_weight",
     ),
-    ({"loss_type": []}, r"must be one preset, got \[\]"),
+    *(
+        ({"loss_type": value}, f"must be one preset, got {re.escape(repr(value))}")
+        for value in ([], None, 3, [3], True)
+    ),
     ({"beta": 0.0}, "beta must be finite and positive, got 0.0"),
     ({"beta": float("nan")}, "beta must be finite"),
     ({"gamma": float("inf")}, "gamma must be finite, got inf"),
@@ -161,7 +165,7 @@ REFUSED = [
     ),
     *(
         ({"pad_to_multiple_of": value}, f"pad_to_multiple_of must be None or an int of at least 1, got {value!r}")
-        for value in (0, -8, 8.0, "8")
+        for value in (0, -8, 8.0, True, "wide")
     ),
     ({"dispersion_scale": 0}, "dispersion_scale must be positive and finite, got 0.0"),
     ({"dispersion_scale": -0.3}, "positive and finite, got -0.3"),
@@ -169,6 +173,7 @@ REFUSED = [
     ({"dispersion_scale": "inf"}, "positive and finite, got inf"),
     ({"dispersion_scale": "large"}, "dispersion_scale must be 'auto' or a number, got 'large'"),
     ({"dispersion_scale": None}, "dispersion_scale must be 'auto' or a number, got None"),
+    ({"dispersion_scale": True}, "dispersion_scale must be 'auto' or a number, got True"),
     ({"dispersion_source": "votes"}, "unknown dispersion_source 'votes'.*neg_log_dispersion, agreement, entropy"),
     (
         {"loss_type": "dpo", "dispersion_source": "entropy"},
@@ -178,15 +183,61 @@ REFUSED = [
     ({"loss_type": "dpo", "diff_stop_words": ["the"]}, "diff_stop_words is for bmc, loss_type is 'dpo'"),
     ({"loss_type": "dpo", "diff_stop_words": []}, "diff_stop_words is for bmc, loss_type is 'dpo'"),
     ({"loss_type": "bmc", "diff_stop_words": "the"}, "diff_stop_words must be a list of words, got 'the'"),
+    *(
+        ({"loss_type": "bmc", "diff_stop_words": value}, f"must be a list of words, got {re.escape(repr(value))}")
+        for value in ([3], 3)
+    ),
+    ({"loss_type": "mrpo", "reference_weights": 0.5}, "'adaptive' or one number a reference, got 0.5"),
+    *(
+        ({name: value}, f"{name} must be None or an int of at least {least}, got {value!r}")
+        for name, least in {"max_length": 2, "precompute_ref_batch_size": 1, "dataset_num_proc": 0}.items()
+        for value in (least - 1, -2, float(8), "8", True)
+    ),
     ({"use_liger_kernel": True}, "use_liger_kernel replaces the forward .* leave it out"),
     ({"label_smoothing_factor": 0.1}, "smooths token labels, not preferences; set label_smoothing"),
     ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
+    ({"train_sampling_strategy": "batch_rebalance"}, "would count twice: set dataloader_drop_last=True"),
+    ({"length_column_name": "tokens"}, "length_column_name='tokens' is no column of the tokenised data"),
 ]
 
 
 @pytest.mark.parametrize("options, match", REFUSED, ids=[str(options) for options, _ in REFUSED])
 def test_impossible_values(tmp_path, options, match):
     with pytest.raises(ValueError, match=match):
+        MallowsConfig(output_dir=str(tmp_path), **options)
+
+
+OF_ANOTHER_TYPE = [
+    *(
+        (
+            {**others, name: value},
+            f"{name} must be True or False{', or None for the default' * may_be_none}, got {value!r}",
+        )
+        for others, name, may_be_none in (
+            ({}, "precompute_ref_log_probs", False),
+            ({}, "disable_dropout", False),
+            ({}, "share_prompt", True),
+            ({"loss_type": "bmc"}, "own_token_weights", True),
+            ({"loss_type": "mrpo", "reference_clip": 0.1}, "adaptive_clip", True),
+            ({"loss_type": "mrpo"}, "swap_reference_weights", True),
+        )
+        for value in ("false", "auto", 0)
+    ),
+    ({"disable_dropout": None}, "disable_dropout must be True or False, got None"),
+    ({"reference_cache_dir": 3}, "reference_cache_dir must be a path or None, got 3"),
+    *(
+        ({"model_init_kwargs": value}, f"model_init_kwargs must be a dictionary or None, got {re.escape(repr(value))}")
+        for value in ("bfloat16", ["dtype"], 3)
+    ),
+    ({"reference_mixing": "0.5"}, "reference_mixing must be a number, got '0.5'"),
+    ({"beta": "0.1"}, "beta must be a number, got '0.1'"),
+]
+
+
+@pytest.mark.parametrize("options, match", OF_ANOTHER_TYPE, ids=[str(options) for options, _ in OF_ANOTHER_TYPE])
+def test_values_of_another_type(tmp_path, options, match):
+    """As a configuration file may have them; a string is true, whatever it says."""
+    with pytest.raises(TypeError, match=match):
         MallowsConfig(output_dir=str(tmp_path), **options)
 
 
@@ -199,6 +250,29 @@ def test_every_preset_is_a_loss_type(tmp_path, name):
 def test_what_trl_has_by_default(tmp_path):
     args = MallowsConfig(output_dir=str(tmp_path), loss_type=["dpo"], pad_to_multiple_of="auto", share_prompt=True)
     assert args.loss_type == "dpo" and args.pad_to_multiple_of is None
+
+
+def test_the_least_values(tmp_path):
+    least = {"max_length": 2, "precompute_ref_batch_size": 1, "dataset_num_proc": 0, "pad_to_multiple_of": 1}
+    args = MallowsConfig(output_dir=str(tmp_path), reference_cache_dir=tmp_path, **least)
+    assert {name: getattr(args, name) for name in least} == least and args.reference_cache_dir == tmp_path
+
+
+@pytest.mark.parametrize("given, multiple", [("auto", None), ("8", 8)])
+def test_a_multiple_from_the_command_line(tmp_path, given, multiple):
+    line = f"--output_dir {tmp_path} --pad_to_multiple_of {given}"
+    (args,) = HfArgumentParser(MallowsConfig).parse_args_into_dataclasses(line.split())
+    assert args.pad_to_multiple_of == multiple == dataclasses.replace(args).pad_to_multiple_of
+
+
+@pytest.mark.parametrize("given, multiple", [("auto", None), ("8", 8), ("'8'", 8), ("null", None)])
+def test_a_multiple_from_trls_file(tmp_path, monkeypatch, given, multiple):
+    trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'mallowspo[trl]'")
+    file = tmp_path / "config.yaml"
+    file.write_text(f"pad_to_multiple_of: {given}\n")
+    line = ["--config", str(file), "--output_dir", str(tmp_path)]
+    (args,) = trl.TrlParser((MallowsConfig,)).parse_args_and_config(line)
+    assert args.pad_to_multiple_of == multiple
 
 
 @pytest.mark.parametrize("given, weights", [("adaptive", "adaptive"), ("0.25 0.75", (0.25, 0.75))])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_trainer
+from tiny import tiny_trainer, train_logs
 
 CLOCK = ("runtime", "per_second", "preparation_time")
 # Which response is ahead is a matter of rounding where policy and reference are equal.
@@ -196,6 +196,15 @@ def test_generated_samples_are_those_of_one_process(folder, engine, name):
 def test_batches_that_one_process_hands_out_are_refused(tmp_path):
     with pytest.raises(ValueError, match="dispatch_batches=True cuts all tensors.*leave it out"):
         tiny_trainer(tmp_path, accelerator_config={"dispatch_batches": True})
+
+
+def test_on_one_rank_its_own_pairs_are_those_of_all(tmp_path):
+    losses = []
+    for across in (True, False):
+        trainer = tiny_trainer(tmp_path, loss_type="dpo", average_tokens_across_devices=across)
+        trainer.train()
+        losses.append([log["loss"] for log in train_logs(trainer)])
+    assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
 def test_runs_cover_what_they_claim(folder):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tiny import lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
+from tiny import Averaging, lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
 
 import mallowspo
 from mallowspo import MallowsConfig, MallowsTrainer
@@ -146,6 +146,22 @@ def test_several_evaluation_sets(tmp_path, workers):
     assert metrics["eval_a_loss"] != metrics["eval_b_loss"]
 
 
+def test_an_evaluation_set_beside_the_constructors(tmp_path):
+    """Persistent workers are kept under one name for all sets given as objects, here once for each set."""
+    first, second = tiny_pairs(3, seed=1), tiny_pairs(4, seed=2)
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = tiny_trainer(tmp_path, ref_model=tiny_model(seed=3), loss_type="dpo", eval_dataset=first, **workers)
+    expected = {name: trainer.score(data)["losses"].mean() for name, data in {"a": first, "b": second}.items()}
+    assert expected["a"] != pytest.approx(expected["b"], rel=1e-2)
+    for _ in range(2):
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected["a"], rel=1e-5)
+        assert trainer.evaluate(second)["eval_loss"] == pytest.approx(expected["b"], rel=1e-5)
+    metrics = trainer.evaluate({"a": first, "b": second})
+    assert {name: metrics[f"eval_{name}_loss"] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert trainer.get_eval_dataloader() is trainer.get_eval_dataloader(first)
+    assert trainer.get_eval_dataloader(second) is trainer.get_eval_dataloader(second)
+
+
 def test_the_best_model_by_accuracy(tmp_path):
     trainer = tiny_trainer(
         tmp_path,
@@ -186,6 +202,16 @@ def test_scoring_leaves_the_model_in_its_mode(tmp_path):
         trainer.score(trainer.train_dataset)
         assert trainer.model.training is training
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_scores_are_of_the_point_that_the_optimizer_evaluates(tmp_path):
+    model, data = tiny_model(), tiny_pairs(3, seed=1)
+    optimizer = Averaging(model.parameters(), lr=0.1)
+    trainer = tiny_trainer(tmp_path, model=model, optimizers=(optimizer, None), eval_dataset=data)
+    trainer.train()
+    assert optimizer.shift == 0.0
+    scores = trainer.score(data)
+    assert optimizer.shift == 0.3 and scores["losses"].mean() == pytest.approx(trainer.evaluate()["eval_loss"])
 
 
 # Sizes
@@ -271,6 +297,11 @@ BAD_ARGUMENTS = [
     ({"train_dataset": tiny_pairs(1).select([])}, ValueError, "empty"),
     ({"train_dataset": Dataset.from_dict({"text": ["a"]})}, ValueError, "lacks.*chosen.*rejected"),
     ({"eval_dataset": Dataset.from_dict({"text": ["a"]})}, ValueError, "lacks.*chosen.*rejected"),
+    (
+        {"eval_dataset": {"a": tiny_pairs(2), "b": None}},
+        TypeError,
+        r"eval_dataset\['b'\] is None: give a data set, or leave 'b' out",
+    ),
     ({"processing_class": object()}, TypeError, "processing_class must be a tokenizer, got object"),
     ({"processing_class": None}, ValueError, "pass its tokenizer as processing_class"),
 ]

@@ -127,6 +127,24 @@ def test_a_model_with_nothing_to_train(tmp_path):
             trainer.train()
 
 
+def test_an_optimizer_of_what_is_not_trained(tmp_path):
+    """Made of the base model, whose parameters the adapter froze, or of another model: it ran and changed nothing."""
+    peft = pytest.importorskip("peft")
+    for options in ({"peft_config": lora()}, {"model": tiny_model(seed=1)}):
+        model = tiny_model()
+        given = {"model": model, "optimizers": (torch.optim.SGD(model.parameters(), lr=0.3), None)}
+        trainer = tiny_trainer(tmp_path, **given | options)
+        with pytest.raises(ValueError, match="optimizer holds no parameter .* a gradient.*get_peft_model"):
+            trainer.train()
+    model = peft.get_peft_model(tiny_model(), lora())  # the way out of it
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    trainer = tiny_trainer(tmp_path, model=model, optimizers=(optimizer, None))
+    before = trainer.score(trainer.train_dataset)["chosen_logps"]
+    for _ in range(2):
+        trainer.train()
+    assert (trainer.score(trainer.train_dataset)["chosen_logps"] != before).all()
+
+
 def test_the_ways_out_of_it(tmp_path):
     _, merged, folder = frozen_models(tmp_path)
     with_adapter = tiny_trainer(tmp_path / "run", model=copy.deepcopy(merged), peft_config=lora())

@@ -138,6 +138,23 @@ def lora(**options):
     return peft.LoraConfig(r=2, task_type="CAUSAL_LM", **{"target_modules": ["q_proj", "v_proj"]} | options)
 
 
+class Averaging(torch.optim.SGD):
+    """Trains at one point and evaluates another, as the schedule-free optimisers do."""
+
+    def _add(self, shift):
+        for parameter in self.param_groups[0]["params"] * (self.shift != shift):
+            parameter.data += shift - self.shift
+        self.shift = shift
+
+    shift = 0.0
+
+    def train(self):
+        self._add(0.0)
+
+    def eval(self):
+        self._add(0.3)
+
+
 def cache_files(folder):
     """Files of the cached reference pass under an output_dir."""
     folder = folder / "_reference_cache"

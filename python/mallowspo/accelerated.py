@@ -144,6 +144,7 @@ class AcceleratedTrainer(MallowsTrainer):
                 than the model; weights that are split over the ranks.
         """
         self.check_rounds()
+        self.use_evaluated_weights()
         current = unprepared(copy.deepcopy(self.model)).requires_grad_(False)
         self.ref_model, self.previous_model = current, self.ref_model
         extrapolate_parameters_(self.model, self.previous_model, self.alpha)
@@ -232,6 +233,7 @@ def accelerated_rounds(model, pairs, args, *, rounds, alpha, eval_dataset=None, 
         )
         _check_whole(trainer)
         trainer.train()
+        trainer.use_evaluated_weights()
         yield trainer
         if number + 1 < rounds:
             model = unprepared(trainer.model)

@@ -141,5 +141,12 @@ def check_finite(name, value):
         raise ValueError(f"{name} must be finite, got {value}")
 
 
+def check_count(name, value, least):
+    """For an int of at least so many, or None."""
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not (is_int and value >= least):
+        raise ValueError(f"{name} must be None or an int of at least {least}, got {value!r}")
+
+
 def check_smoothing(smoothing):
     check_not_negative("smoothing", smoothing, "0: the raw function")

@@ -1,10 +1,12 @@
 """MallowsConfig: transformers.TrainingArguments plus what a preference objective needs."""
 
 from dataclasses import dataclass, field, fields
+from os import PathLike
 from typing import Any
 
 from transformers import TrainingArguments
 
+from mallowspo.choices import check_count
 from mallowspo.dispersion import SOURCES
 from mallowspo.objective import PreferenceObjective, preset, presets
 
@@ -49,11 +51,24 @@ class ObjectiveArguments:
 
 
 def one_preset(loss_type):
-    """The name in a loss_type that is one, or TRL's list of one; ValueError for several."""
+    """The name in a loss_type that is one, or TRL's list of one; ValueError for several or another type."""
     names = [loss_type] if isinstance(loss_type, str) else loss_type
-    if len(names) != 1:
+    if not (isinstance(names, list | tuple) and len(names) == 1 and isinstance(names[0], str)):
         raise ValueError(f"loss_type must be one preset, got {names}; sft_weight adds the SFT loss")
     return names[0]
+
+
+# What MallowsConfig's fields take that the objective does not check, and how a refusal says it.
+_TYPES = {
+    **dict.fromkeys(("precompute_ref_log_probs", "disable_dropout"), (bool, "True or False")),
+    **dict.fromkeys(
+        ("own_token_weights", "adaptive_clip", "swap_reference_weights", "share_prompt"),
+        (bool | None, "True or False, or None for the default"),
+    ),
+    "reference_cache_dir": (str | PathLike | None, "a path or None"),
+    "model_init_kwargs": (dict | None, "a dictionary or None"),
+}
+_LEAST = {"precompute_ref_batch_size": 1, "max_length": 2, "pad_to_multiple_of": 1, "dataset_num_proc": 0}
 
 
 @dataclass
@@ -99,6 +114,7 @@ class MallowsConfig(ObjectiveArguments, TrainingArguments):
             float32 unless given here.
 
     Raises:
+        TypeError: a value of another type.
         ValueError: an unknown preset, source or value.
     """
 
@@ -159,7 +175,9 @@ class MallowsConfig(ObjectiveArguments, TrainingArguments):
     share_prompt: bool | None = field(
         default=None, metadata={"help": "Encode each prompt once, without padding; None: where the model can."}
     )
-    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Pad rows to a multiple of this."})
+    pad_to_multiple_of: int | str | None = field(
+        default=None, metadata={"help": "Pad rows to a multiple of this; None, auto: to the longest."}
+    )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
     disable_dropout: bool = field(default=True, metadata={"help": "Set the dropout of policy and reference to 0."})
     model_init_kwargs: dict[str, Any] | str | None = field(
@@ -168,6 +186,14 @@ class MallowsConfig(ObjectiveArguments, TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        multiple = self.pad_to_multiple_of
+        if isinstance(multiple, str) and (multiple == "auto" or multiple.isdecimal()):  # from the command line
+            self.pad_to_multiple_of = None if multiple == "auto" else int(multiple)
+        for name, (kind, wanted) in _TYPES.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        for name, least in _LEAST.items():
+            check_count(name, getattr(self, name), least)
         self.loss_type = one_preset(self.loss_type)
         if isinstance(self.reference_weights, list):  # from the command line, of strings
             self.reference_weights = _numbers_or_adaptive(self.reference_weights)
@@ -180,19 +206,26 @@ class MallowsConfig(ObjectiveArguments, TrainingArguments):
             raise ValueError(
                 "remove_unused_columns must be False: the collator reads columns no model's forward names"
             )
+        if getattr(self, "train_sampling_strategy", None) == "batch_rebalance" and not self.dataloader_drop_last:
+            raise ValueError(
+                "train_sampling_strategy='batch_rebalance' fills up the last step of an epoch with pairs that cannot "
+                "be told from the others and would count twice: set dataloader_drop_last=True, which leaves that step "
+                "out (and an evaluation's last incomplete batch), or choose 'group_by_length'"
+            )
+        if self.length_column_name != "length":
+            raise ValueError(
+                f"length_column_name={self.length_column_name!r} is no column of the tokenised data, whose lengths "
+                "are in 'length'; leave it out"
+            )
         if self.use_liger_kernel:
             raise ValueError("use_liger_kernel replaces the forward that gives token statistics; leave it out")
-        if self.pad_to_multiple_of == "auto":
-            self.pad_to_multiple_of = None
-        multiple = self.pad_to_multiple_of
-        if not (multiple is None or (isinstance(multiple, int) and multiple >= 1)):
-            raise ValueError(f"pad_to_multiple_of must be None or an int of at least 1, got {multiple!r}")
         if self.share_prompt and self.pad_to_multiple_of is not None:
             raise ValueError("share_prompt packs batches without padding; leave pad_to_multiple_of out")
         if self.diff_stop_words is not None and not self.objective().bridge_delta:
             raise ValueError(f"diff_stop_words is for bmc, loss_type is {self.loss_type!r}; leave one of them out")
-        if isinstance(self.diff_stop_words, str):
-            raise ValueError(f"diff_stop_words must be a list of words, got {self.diff_stop_words!r}")
+        words = [] if self.diff_stop_words is None else self.diff_stop_words
+        if not (isinstance(words, list | tuple | set) and all(isinstance(word, str) for word in words)):
+            raise ValueError(f"diff_stop_words must be a list of words, got {words!r}")
         check_dispersion(self, default_scale="auto")
 
 
@@ -209,6 +242,8 @@ def check_dispersion(args, default_scale):
         raise ValueError(f"unknown dispersion_source {args.dispersion_source!r}; choose one of {', '.join(SOURCES)}")
     if args.dispersion_scale != default_scale:
         try:
+            if isinstance(args.dispersion_scale, bool):
+                raise TypeError
             args.dispersion_scale = float(args.dispersion_scale)
         except (TypeError, ValueError):
             wanted = "'auto' or a number" if default_scale == "auto" else "a number"

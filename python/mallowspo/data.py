@@ -15,6 +15,8 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from mallowspo.choices import check_count
+
 logger = logging.getLogger(__name__)
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # what tokenize_pairs makes
@@ -84,8 +86,7 @@ def tokenize_pairs(
     is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
     pair_columns = tuple(pair_columns)
     columns = _checked_columns(dataset, is_transformed, pair_columns)
-    if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
-        raise ValueError(f"max_length must be None or an int of at least 2, got {max_length!r}")
+    check_count("max_length", max_length, 2)
     limit = sys.maxsize if max_length is None else max_length
     features = {name: List(Value("int32")) for name in TOKEN_COLUMNS}
     features |= {"length": Value("int32"), "row": Value("int64"), "dropped": Value("string"), "cut": Value("bool")}
@@ -133,7 +134,10 @@ def tokenize_pairs(
 def evaluation_sets(eval_dataset: Any) -> dict[str, Any]:
     """The evaluation sets of a trainer, which takes one, a dict of several or None, each with its name in messages."""
     if isinstance(eval_dataset, dict):
-        return {f"eval {name}": dataset for name, dataset in eval_dataset.items() if dataset is not None}
+        for name, dataset in eval_dataset.items():
+            if dataset is None:
+                raise TypeError(f"eval_dataset[{name!r}] is None: give a data set, or leave {name!r} out")
+        return {f"eval {name}": dataset for name, dataset in eval_dataset.items()}
     return {} if eval_dataset is None else {"eval": eval_dataset}
 
 

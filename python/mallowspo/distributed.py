@@ -57,6 +57,18 @@ class DistributedTrainer(Trainer):
                 "accelerator_config's even_batches=False leaves some ranks with a batch less, for whom the others "
                 "would wait: leave it out; the pairs that fill up the last batch do not count"
             )
+        if not self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
+            raise ValueError(
+                "average_tokens_across_devices=False would divide the loss of each rank by its own pairs, and here it "
+                "is divided by those of all: leave it out"
+            )
+        sizes = {"context": self.get_cp_size(), "sequence": self.get_sp_size(), "tensor": self.get_tp_size()}
+        for kind, size in sizes.items():
+            if size > 1:
+                raise ValueError(
+                    f"parallelism that splits sequences or layers over the ranks, with {kind} size {size}, does not "
+                    "go with a head that reads whole ones: leave the size at 1; FSDP2 and DeepSpeed shard weights"
+                )
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
             # accelerate would round what the model returns, log-probabilities in float32, to the dtype of its layers.
@@ -66,9 +78,11 @@ class DistributedTrainer(Trainer):
         """As in ``transformers.Trainer``; True resumes from the newest checkpoint that was written to the end.
 
         Raises:
-            ValueError: nothing to train, no such checkpoint, or a second time under DeepSpeed.
+            ValueError: nothing to train, an optimizer of something else, no such checkpoint, or a second time under
+                DeepSpeed.
         """
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+        trained = {parameter for parameter in self.model.parameters() if parameter.requires_grad}
+        if not trained:
             raise ValueError(
                 f"no parameter of this {type(self.model).__name__} requires a gradient, so there is nothing to train: "
                 "load an adapter by peft's from_pretrained with is_trainable=True, not by its folder as model; after "
@@ -76,6 +90,13 @@ class DistributedTrainer(Trainer):
             )
         if self.deepspeed is not None:
             raise ValueError("DeepSpeed's engine serves one train(): save the model and make a new trainer of it")
+        held = {parameter for group in getattr(self.optimizer, "param_groups", ()) for parameter in group["params"]}
+        if held and not held & trained:
+            raise ValueError(
+                "the optimizer holds no parameter of this model that requires a gradient: make it of the model that "
+                "is given, which for an adapter is peft's get_peft_model(model, config), without peft_config; or "
+                "leave optimizers out"
+            )
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not sharded and not isinstance(self.model_wrapped, nn.parallel.DistributedDataParallel):
             # What an evaluation prepared, accelerate would not wrap again: no rank would see the others' gradients.

@@ -1,6 +1,7 @@
 """Several reference models as one: MRPO's weighted harmonic mean (arXiv 2405.16388). Needs torch alone."""
 
 import math
+from numbers import Real
 
 import torch
 
@@ -67,7 +68,7 @@ def mixed_reference_logps(
 
 def check_mixture(reference_weights, reference_clip, adaptive_clip, swap_reference_weights):
     """ValueError for what :func:`mixed_reference_logps` cannot take; reference_weights of None mean one reference."""
-    if isinstance(reference_weights, str):
+    if isinstance(reference_weights, str | Real):
         if reference_weights != "adaptive":
             raise ValueError(
                 f"reference_weights must be 'adaptive' or one number a reference, got {reference_weights!r}"

@@ -19,6 +19,7 @@ from mallowspo.choices import (
     PAIR_CHOICES,
     check_choice,
     check_not_negative,
+    check_number,
     operator_settings,
 )
 from mallowspo.family import FAMILY
@@ -115,8 +116,10 @@ class PreferenceObjective:
         check_choice("token_weights", self.token_weights, TOKEN_WEIGHTS)
         check_choice("rearrangement", self.rearrangement, REARRANGEMENTS)
         check_not_negative("sft_weight", self.sft_weight)
-        if not (self.reference_mixing is None or 0 <= self.reference_mixing <= 1):
-            raise ValueError(f"reference_mixing must be None or in [0, 1], got {self.reference_mixing}")
+        if self.reference_mixing is not None:
+            check_number("reference_mixing", self.reference_mixing)
+            if not 0 <= self.reference_mixing <= 1:
+                raise ValueError(f"reference_mixing must be None or in [0, 1], got {self.reference_mixing}")
         for name, (choice, readers) in READ_BY.items():
             if getattr(self, name) != PAIR_CHOICES[name] and getattr(self, choice) not in readers:
                 raise ValueError(

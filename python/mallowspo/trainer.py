@@ -136,6 +136,7 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
             optimizers=optimizers,
         )
         self._means = Means(self.accelerator)
+        self._kept_dataloaders = {}
         # compute_loss divides by the pairs of the whole optimiser step; the base class must not divide again.
         self.model_accepts_loss_kwargs = True
         if hasattr(self.model, "add_model_tags"):
@@ -172,6 +173,15 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
 
     def _get_dataloader(self, dataset, *args, **kwargs):
         return super()._get_dataloader(self._prepared(dataset), *args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        if self.args.dataloader_persistent_workers:
+            # The base class keeps them by the set's name, and "eval" is that of all without: here each set has a
+            # dictionary of its own.
+            dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+            dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+            _, self._eval_dataloaders = self._kept_dataloaders.setdefault(id(dataset), (dataset, {}))
+        return super().get_eval_dataloader(eval_dataset)
 
     @property
     def _cached(self):
@@ -327,6 +337,12 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self._means.read("eval").items()})
         return output
 
+    def use_evaluated_weights(self):
+        """As every evaluation does: a schedule-free optimiser puts the weights to evaluate in place of those it trains
+        at, and takes them back in the next step."""
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+
     # ---- per-pair results ------------------------------------------------------------------------------------------
 
     def score(self, dataset):
@@ -361,6 +377,7 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
                 columns[name.format("chosen")], columns[name.format("rejected")] = values.chunk(2)
             return columns if dispersion is None else columns | {"neg_log_dispersion": dispersion}
 
+        self.use_evaluated_weights()
         with evaluating(self.model):
             columns = self._over_pairs(tokenized, compute, "Scoring")
         return {"row": np.asarray(tokenized["row"][:])} | {k: v.double().numpy() for k, v in columns.items()}
