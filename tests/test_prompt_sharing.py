@@ -67,7 +67,6 @@ def close(found, expected, **tolerances):
 
 
 # Exactness
-
 # Norms and rotations are in float32 whatever the model's dtype: their gradients round in the order of the sums.
 GRADIENT = {"rtol": 1e-5, "atol": 3e-6}
 
