@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny import (
     Averaging,
@@ -27,9 +26,6 @@ from transformers.trainer_utils import sort_checkpoints
 from mallowspo import AcceleratedRounds, AcceleratedTrainer, MallowsConfig, MallowsTrainer, accelerated_rounds
 from mallowspo.adapters import add_adapter
 from mallowspo.data import REFERENCE_COLUMNS, TOKEN_REFERENCE_COLUMNS
-
-alphas = st.floats(0, 0.99)
-tables = st.lists(st.floats(-20, 0), min_size=6, max_size=6)
 
 
 def config(folder, **options):

@@ -331,3 +331,22 @@ def test_a_frozen_head_that_multiplies_ignored_tokens(columns, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     for one, two in zip(run(F.linear_token_stats, *arguments, **cut), expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-13, atol=1e-13)
+
+
+class Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_no_gradient_at_all_is_none():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    for head in (weight, weight.clone().requires_grad_()):
+        other = torch.zeros(3, requires_grad=True)
+        stats = F.linear_token_stats(hidden, head, torch.tensor([0, 1, 2]))
+        (Nothing.apply(stats.logps) + other).sum().backward()
+        assert hidden.grad is None and head.grad is None

@@ -58,21 +58,26 @@ def test_each_log_is_of_the_steps_since_the_last_one(tmp_path):
             assert log[name] == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-def test_an_interrupted_evaluation_leaves_nothing_to_the_next(tmp_path):
-    trainer = tiny_trainer(tmp_path, eval_dataset=tiny_pairs(8, seed=1))
-    expected = trainer.evaluate()["eval_logps/chosen"]
-    step, calls = trainer.prediction_step, []
+def interrupt(trainer, step, run):
+    """Ctrl-C in the second call of a step of the run."""
+    original, calls = getattr(trainer, step), []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return step(*args, **kwargs)
+        return original(*args, **kwargs)
 
-    trainer.prediction_step = interrupted
+    setattr(trainer, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        trainer.evaluate()
-    trainer.prediction_step = step
+        run()
+    setattr(trainer, step, original)
+
+
+def test_an_interrupted_evaluation_leaves_nothing_to_the_next(tmp_path):
+    trainer = tiny_trainer(tmp_path, eval_dataset=tiny_pairs(8, seed=1))
+    expected = trainer.evaluate()["eval_logps/chosen"]
+    interrupt(trainer, "prediction_step", trainer.evaluate)
     assert trainer.evaluate()["eval_logps/chosen"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -81,17 +86,6 @@ def test_an_interrupted_training_leaves_nothing_to_the_next(tmp_path):
     trainer = tiny_trainer(tmp_path, **options)
     trainer.train()
     expected = train_logs(trainer)[0]["logps/chosen"]
-    step, calls = trainer.training_step, []
-
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return step(*args, **kwargs)
-
-    trainer.training_step = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    trainer.training_step = step
+    interrupt(trainer, "training_step", trainer.train)
     trainer.train()
     assert train_logs(trainer)[-1]["logps/chosen"] == pytest.approx(expected, rel=1e-6)

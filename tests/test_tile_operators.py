@@ -63,22 +63,3 @@ def test_a_tile_as_numerators(dtype, temperature):
     ops.token_stats_tile(state, logits, labels, 0, 600, -100, temperature, True)
     tolerance = 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(logits.double(), expected, rtol=tolerance, atol=tolerance)
-
-
-class Nothing(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None
-
-
-def test_no_gradient_at_all_is_none():
-    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
-    for head in (weight, weight.clone().requires_grad_()):
-        other = torch.zeros(3, requires_grad=True)
-        stats = F.linear_token_stats(hidden, head, torch.tensor([0, 1, 2]))
-        (Nothing.apply(stats.logps) + other).sum().backward()
-        assert hidden.grad is None and head.grad is None
