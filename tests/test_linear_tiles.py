@@ -131,6 +131,7 @@ def test_any_number_of_tiles_may_stay_in_memory(trained, chunk_tokens, ignores, 
     assert {chunks > 1 for chunks, _, _ in layouts} == {chunk_tokens < N}
 
 
+@pytest.mark.usefixtures("half_products")
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_tiles_in_memory_are_the_ones_computed_again(softcap, layouts, monkeypatch):
     """To the bit: a second backward computes all of them, the first those that did not stay."""
@@ -188,6 +189,7 @@ def test_the_head_of_an_8b_model_on_an_accelerator(tokens, lost):
     assert sum(layout.place(slots, gradient, *part).numel() for part in parts) == tokens * len(weight)
 
 
+@pytest.mark.usefixtures("half_products")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("trained", [["hidden"], ["hidden", "weight", "bias"]], ids="+".join)
 @pytest.mark.parametrize("columns", [5, V])

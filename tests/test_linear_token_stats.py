@@ -306,6 +306,7 @@ class PeakBytes(TorchDispatchMode):
         return result
 
 
+@pytest.mark.usefixtures("half_products")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("chunk_tokens", [64, None])

@@ -37,6 +37,17 @@ CPU_TILE = 8 * 2**20
 # hidden gradient is read and written fewer times.
 KEPT_TILE = 64 * 2**20
 
+# Dtypes that torch, where oneDNN has no product of them, multiplies number by number on this CPU: bfloat16 before
+# AVX-512, float16 on most. In float32, and rounded after it, that takes an eighth to a sixtieth of the time.
+WIDENED = frozenset(
+    dtype
+    for dtype, is_supported in {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }.items()
+    if not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, is_supported)())
+)
+
 
 class LinearTokenStatsFunction(torch.autograd.Function):
     """(hidden [N, D], weight [V, D], down [N, r] and up [V, r] or None twice, bias [V] or None, labels [N]) ->
@@ -65,7 +76,7 @@ class LinearTokenStatsFunction(torch.autograd.Function):
             summed = torch.zeros_like(part, dtype=total) if keeps_direction else None
             for j, columns in enumerate(layout.tiles):
                 logits = layout.place(*memory, i, j)
-                _multiply(parts, rights, bias, columns, logits)
+                _multiply(logits, parts, *_entries(rights, bias, columns))
                 before = state[0].clone()
                 ops.token_stats_tile(
                     state, logits if softcap is None else _bent(logits, softcap).mul_(softcap), part_labels,
@@ -130,7 +141,7 @@ class LinearTokenStatsFunction(torch.autograd.Function):
                 summed_lefts, summed_rows = [None if g is None else g[rows].to(total) for g in grad_lefts], slice(None)
             logits = layout.place(*memory, i, j)
             if is_new or layout.is_lost(i, j):
-                _multiply(parts, rights, bias, columns, logits)
+                _multiply(logits, parts, *_entries(rights, bias, columns))
             grads = [None if g is None else g[rows].contiguous() for g in (grad_logps, grad_entropy)]
             saved = labels[rows], entropy[rows], row_max[rows], log_sum[rows]
             place = columns.start, len(weight), ignore_index
@@ -139,7 +150,7 @@ class LinearTokenStatsFunction(torch.autograd.Function):
                 if summed_left is not None:
                     _add_product(summed_left, logits, right[columns], summed_rows)
                 if summed is not None and one_chunk:
-                    torch.mm(logits.T, part, out=summed)
+                    _multiply(summed, [logits.T], [part.T])
                 elif summed is not None:
                     _add_product(summed, logits.T, part)
             if grad_bias is not None:
@@ -162,6 +173,14 @@ class LinearTokenStatsFunction(torch.autograd.Function):
 
 def _factors(first, second):
     return [first] if second is None else [first, second]
+
+
+def _entries(rights, bias, columns):
+    return [right[columns] for right in rights], None if bias is None else bias[columns]
+
+
+def _is_widened(tensor):
+    return tensor.device.type == "cpu" and tensor.dtype in WIDENED
 
 
 def _goes_by_chunk(is_narrow, wants_rights):
@@ -235,6 +254,7 @@ def _layout(lefts, rights, labels, ignore_index, chunk_tokens, budget, caps, kee
     on_cpu, vocab, depth = labels.device.type == "cpu", len(rights[0]), sum(left.shape[1] for left in lefts)
     item, total = lefts[0].element_size(), accumulator_dtype(lefts[0].dtype).itemsize
     is_narrow, wants_rights, kept = item < total, wants_weight or wants_up, None
+    widened = total * _is_widened(lefts[0])
     by_chunk = _goes_by_chunk(is_narrow, wants_rights)
     if on_cpu and not torch.compiler.is_compiling():
         kept = (labels != ignore_index).nonzero().squeeze(1)
@@ -259,13 +279,14 @@ def _layout(lefts, rights, labels, ignore_index, chunk_tokens, budget, caps, kee
     room = budget - n * token
     if keeps_logits and is_narrow and not by_chunk:  # the sum of the hidden gradient
         room = max(room // 2, room - count * depth * total)
-    # Bytes of a column: of a tile; of its capped logits, their slope and product; of the sum of the weight's gradient.
-    column, capped = n * item, 3 * n * total * caps
-    summed = depth * (item + 2 * total) * (wants_rights and is_narrow and len(chunks) > 1)
+    # Bytes of a column: of a tile; of its capped logits, their slope and product, and of it in float32; of the sum of
+    # the weight's gradient, and of the weight or its gradient in float32.
+    column, wider = n * item, n * (3 * total * caps + widened)
+    summed = depth * ((item + 2 * total) * (wants_rights and is_narrow and len(chunks) > 1) + widened)
 
     most = min(room, CPU_TILE if on_cpu else KEPT_TILE if keeps_logits else room)
     slots = -(-room // most) if keeps_logits and room > 0 else 1
-    width = max(1, min(most // (column + capped), room // (slots * column + capped + summed)))
+    width = max(1, min(most // (column + wider), room // (slots * column + wider + summed)))
     # Tiles of nearly one size, and of whole cache lines: products whose rows end within one are a quarter slower.
     line = 16 if width >= 16 else 1
     width = -(-vocab // -(-vocab // (width - width % line)))
@@ -277,14 +298,22 @@ def _layout(lefts, rights, labels, ignore_index, chunk_tokens, budget, caps, kee
     return _Layout(chunks, tiles, n, count, lent, max(1, min(slots, in_slots)))
 
 
-def _multiply(lefts, rights, bias, columns, out):
-    (hidden, *down), (weight, *up) = lefts, rights
+def _multiply(out, lefts, rights, bias=None):
+    """out = sum of left @ right.T + bias. Products with `out` are those that autocast leaves alone."""
+    product = torch.empty_like(out, dtype=torch.float32) if _is_widened(out) else out
+    (left, *more_lefts), (right, *more_rights) = ([_wide(tensor) for tensor in side] for side in (lefts, rights))
     if bias is None:
-        torch.mm(hidden, weight[columns].T, out=out)
+        torch.mm(left, right.T, out=product)
     else:
-        torch.addmm(bias[columns], hidden, weight[columns].T, out=out)
-    for left, right in zip(down, up, strict=True):
-        out.addmm_(left, right[columns].T)
+        torch.addmm(_wide(bias), left, right.T, out=product)
+    for left, right in zip(more_lefts, more_rights, strict=True):
+        product.addmm_(left, right.T)
+    if product is not out:
+        out.copy_(product)
+
+
+def _wide(tensor):
+    return tensor.float() if _is_widened(tensor) else tensor
 
 
 def _bent(logits, softcap):
@@ -315,9 +344,8 @@ def _direction(summed, state, weight, labels, ignore_index, temperature):
 
 
 def _add_product(total, left, right, rows=slice(None)):
-    """total[rows] += left @ right; a product in a narrower dtype is rounded once and added in total's. Products with
-    `out` are those that autocast leaves alone."""
-    part = total[rows]
+    """total[rows] += left @ right; a product in a narrower dtype is rounded once and added in total's."""
+    left, right, part = _wide(left), _wide(right), total[rows]
     if isinstance(rows, slice) and total.dtype == left.dtype:
         part.addmm_(left, right)
         return
