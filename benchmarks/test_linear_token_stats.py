@@ -10,7 +10,7 @@ import torch
 
 import mallowspo.functional as F
 from contest import Contest, optional
-from mallowspo.linear import WIDENED
+from mallowspo.linear import WIDENED, widen
 from mallowspo.reference import torch_token_stats
 from shapes import count, sizes
 
@@ -80,8 +80,7 @@ def liger_dpo(hidden, weight, labels, wanted):
 def products(hidden, weight, number):
     """The first `number` of the three products, into buffers that exist; in float32 where the CPU multiplies that
     faster than the dtype."""
-    dtype = torch.float32 if hidden.device.type == "cpu" and hidden.dtype in WIDENED else hidden.dtype
-    hidden, weight = hidden.detach().flatten(0, 1).to(dtype), weight.detach().to(dtype)
+    hidden, weight = widen(hidden.detach().flatten(0, 1)), widen(weight.detach())
     logits = hidden @ weight.T
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
 

@@ -183,6 +183,11 @@ def _is_widened(tensor):
     return tensor.device.type == "cpu" and tensor.dtype in WIDENED
 
 
+def widen(tensor):
+    """The tensor in the dtype that it is multiplied in."""
+    return tensor.float() if _is_widened(tensor) else tensor
+
+
 def _goes_by_chunk(is_narrow, wants_rights):
     """Whether the backward finishes a chunk of tokens before the next, rather than a tile of the vocabulary: where
     only the gradients of the tokens are sums in a wider dtype than their own."""
@@ -301,19 +306,15 @@ def _layout(lefts, rights, labels, ignore_index, chunk_tokens, budget, caps, kee
 def _multiply(out, lefts, rights, bias=None):
     """out = sum of left @ right.T + bias. Products with `out` are those that autocast leaves alone."""
     product = torch.empty_like(out, dtype=torch.float32) if _is_widened(out) else out
-    (left, *more_lefts), (right, *more_rights) = ([_wide(tensor) for tensor in side] for side in (lefts, rights))
+    (left, *more_lefts), (right, *more_rights) = ([widen(tensor) for tensor in side] for side in (lefts, rights))
     if bias is None:
         torch.mm(left, right.T, out=product)
     else:
-        torch.addmm(_wide(bias), left, right.T, out=product)
+        torch.addmm(widen(bias), left, right.T, out=product)
     for left, right in zip(more_lefts, more_rights, strict=True):
         product.addmm_(left, right.T)
     if product is not out:
         out.copy_(product)
-
-
-def _wide(tensor):
-    return tensor.float() if _is_widened(tensor) else tensor
 
 
 def _bent(logits, softcap):
@@ -345,7 +346,7 @@ def _direction(summed, state, weight, labels, ignore_index, temperature):
 
 def _add_product(total, left, right, rows=slice(None)):
     """total[rows] += left @ right; a product in a narrower dtype is rounded once and added in total's."""
-    left, right, part = _wide(left), _wide(right), total[rows]
+    left, right, part = widen(left), widen(right), total[rows]
     if isinstance(rows, slice) and total.dtype == left.dtype:
         part.addmm_(left, right)
         return
