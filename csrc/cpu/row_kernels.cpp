@@ -10,8 +10,8 @@
 namespace mallowspo::cpu::MALLOWSPO_ISA {
 namespace {
 
-constexpr int64_t block = 512;  // elements; a multiple of four vectors
-constexpr int64_t lookahead = 16 * block;  // elements whose maximum is found before anything is summed
+constexpr int64_t block = 1024;  // elements; a multiple of four vectors
+constexpr int64_t lookahead = 8 * block;  // elements whose maximum is found before anything is summed
 
 // The hardware's prefetcher stops at every page, and the first-level cache waits for few lines at a time: what comes from
 // memory is asked for early, into the second level, and only shortly before its use into the first.
@@ -88,7 +88,7 @@ BlockSums<acc_t<S>> block_sums(const S* x, int64_t count, acc_t<S> m) {
       const Packed<S> logits = unpack(at);
       for (int i = 0; i < per_load; ++i) {
         const Vec<A> d = guarded ? shifted<A>(logits.v[i], m) : logits.v[i] - m;
-        accumulate(p[u * per_load + i], d, exp_of<true>(d));
+        accumulate(p[u * per_load + i], d, term_of<A>(d));
       }
     }
   const Vec<A> most = larger(larger(p[0].s, p[1].s), larger(p[2].s, p[3].s));

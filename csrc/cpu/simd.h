@@ -4,7 +4,8 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#include <type_traits>
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -27,7 +28,7 @@ struct Simd<float> {
   static constexpr int width = vector_bytes / 4;
   typedef float Vec __attribute__((vector_size(vector_bytes)));
   typedef int32_t Int __attribute__((vector_size(vector_bytes)));
-  // Below this e^x is taken as 0: against a sum of at least 1 it is far below half an ulp.
+  // Below this e^x may be taken as 0: against a sum of at least 1 it is far below half an ulp.
   static constexpr float underflow = -87.0f;
 };
 
@@ -60,6 +61,11 @@ inline V larger(V a, V b) {
   return a > b ? a : b;
 }
 
+template <class V>
+inline V smaller(V a, V b) {
+  return a < b ? a : b;
+}
+
 template <class Mask>
 inline bool any_of(Mask mask) {
   Mask folded = mask;
@@ -68,10 +74,10 @@ inline bool any_of(Mask mask) {
   return folded[0] != 0;
 }
 
-// scale e^x for finite x <= 0 (and a little above), e^x with an error of about an ulp, exactly 1 at 0, and 0 where it
+// scale e^x for x from 2 `underflow` to -`underflow`, e^x with an error of about an ulp, exactly 1 at 0, and 0 where it
 // underflows; NaN for NaN. x = n log 2 + f with a whole n; the polynomials are the Taylor sums, long enough that the
-// first term left out is below a quarter of an ulp. The scale is the same all along a row. `coarse` is for sums, where a
-// wrong maximum may be tried: for any x > 0 it gives more than 1, if nothing better.
+// first term left out is below a quarter of an ulp, but where another is named. The scale is the same all along a row.
+// `coarse` will do in a sum with terms near 1, and where half precision follows.
 #if defined(__AVX512F__)
 inline Vec<float> larger(Vec<float> a, Vec<float> b) {
   return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
@@ -79,10 +85,9 @@ inline Vec<float> larger(Vec<float> a, Vec<float> b) {
 
 inline bool any_of(Simd<float>::Int mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
 
-// Here n is a multiple of 1/32, and a table has the 32 powers of two between. A cubic is exact to far below an ulp. In a
-// sum with terms near 1, and where half precision follows, `coarse` will do: a quadratic whose linear term takes up three
-// quarters of the cubic one, off by at most half an ulp, as much up as down; and log 2 without its last digits, which is
-// off by n times 2e-9 of e^-n.
+// Here n is a multiple of 1/32, and a table has the 32 powers of two between. A cubic is exact to far below an ulp.
+// `coarse` is a quadratic whose linear term takes up three quarters of the cubic one, off by at most half an ulp, as much
+// up as down; and log 2 without its last digits, which is off by n times 2e-9 of e^-n.
 template <bool coarse = false>
 inline Vec<float> exp_of(Vec<float> x, float scale = 1) {
   constexpr Vec<float> low = {1.0f,        1.02189715f, 1.04427378f, 1.06714040f, 1.09050773f, 1.11438674f,
@@ -105,10 +110,34 @@ inline Vec<float> exp_of(Vec<float> x, float scale = 1) {
       (Vec<float>)_mm512_permutex2var_ps((__m512)(low * scale), (__m512i)shifted, (__m512)(high * scale));
   return (Vec<float>)_mm512_scalef_ps((__m512)(power * p + power), (__m512)n);  // times 2^floor(n)
 }
+#elif defined(__AVX2__)
+inline Vec<float> larger(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b); }
+
+inline Vec<float> smaller(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm256_min_ps((__m256)a, (__m256)b); }
+
+inline bool any_of(Simd<float>::Int mask) { return !_mm256_testz_si256((__m256i)mask, (__m256i)mask); }
+
+// The same with multiples of 1/8. The quadratic term takes up of the quartic one what it can: 2.5e-8 of e^x is left. The
+// table holds the bits of 2^(j/8) less j 2^20: with n 2^23 = (8 floor(n) + j) 2^20 added they are those of 2^n, and negative
+// where its exponent is below the smallest.
+template <bool coarse = false>
+inline Vec<float> exp_of(Vec<float> x, float scale = 1) {
+  constexpr Simd<float>::Int powers = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
+                                       0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+  const Vec<float> shifted = x * 1.44269504f + 1572864.0f;  // 1.5 * 2^20: rounds to 1/8 in the low bits
+  const Vec<float> n = shifted - 1572864.0f;
+  Vec<float> f = x - n * 0.693147182f;
+  if (!coarse) f += n * 1.90465421e-9f;
+  const Vec<float> p = (1.0f / 6 * f + 0.50006478f) * (f * f) + f;
+  const Simd<float>::Int eighths = (Simd<float>::Int)shifted;
+  const __m256i bits = _mm256_add_epi32(_mm256_permutevar8x32_epi32((__m256i)powers, (__m256i)eighths),
+                                        _mm256_slli_epi32((__m256i)eighths, 20));
+  const Vec<float> power = (Vec<float>)_mm256_max_epi32(bits, _mm256_setzero_si256());
+  return scale * (power * p + power);
+}
 #else
 template <bool coarse = false>
 inline Vec<float> exp_of(Vec<float> x, float scale = 1) {
-  if (coarse) x = -Simd<float>::underflow < x ? Vec<float>{} - Simd<float>::underflow : x;
   const Vec<float> shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
   const Vec<float> n = shifted - 12582912.0f;
   const Vec<float> f = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // log 2 in two parts
@@ -131,7 +160,6 @@ inline Vec<float> exp_of(Vec<float> x, float scale = 1) {
 
 template <bool coarse = false>
 inline Vec<double> exp_of(Vec<double> x, double scale = 1) {
-  if (coarse) x = -Simd<double>::underflow < x ? Vec<double>{} - Simd<double>::underflow : x;
   const Vec<double> shifted = x * 1.4426950408889634 + 6755399441055744.0;
   const Vec<double> n = shifted - 6755399441055744.0;
   const Vec<double> f = (x - n * 0.69314718036912382) - n * 1.9082149292705877e-10;
@@ -155,6 +183,16 @@ inline Vec<double> exp_of(Vec<double> x, double scale = 1) {
   std::memcpy(&power, &bits, sizeof power);
   const Vec<double> e = power + power * p;
   return scale * (x < Simd<double>::underflow ? Vec<double>{} : e);
+}
+
+// e^x for a sum in which a wrong maximum may be tried: for any x > 0 more than 1, if nothing better.
+template <class T>
+inline Vec<T> term_of(Vec<T> x) {
+#if defined(__AVX512F__)
+  if (std::is_same_v<T, float>) return exp_of<true>(x);
+#endif
+  constexpr T least = 2 * Simd<T>::underflow, most = -Simd<T>::underflow;
+  return exp_of<true>(smaller(Vec<T>{} + most, larger(Vec<T>{} + least, x)));
 }
 
 template <class T>
