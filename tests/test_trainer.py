@@ -324,6 +324,13 @@ def test_no_evaluation_set(tmp_path):
         tiny_trainer(tmp_path).evaluate()
 
 
+def test_a_refused_data_set_is_named(tmp_path):
+    sets = {"long": tiny_pairs(2), "short": tiny_pairs(1).select([])}
+    with pytest.raises(ValueError, match="data set is empty") as refusal:
+        tiny_trainer(tmp_path, eval_dataset=sets)
+    assert refusal.value.__notes__ == ["This is about the eval short data set."]
+
+
 def test_lengths_that_leave_nothing(tmp_path):
     rows = [{"prompt": "red " * 8, "chosen": " good", "rejected": " bad"}]
     with pytest.raises(ValueError, match="all 1 preference pairs were dropped: 1 with a prompt too long"):

@@ -154,8 +154,12 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
     def _prepare(self, dataset, name):
         """A data set as its user has it -> tokenised, a measured dispersion in its column neg_log_dispersion."""
         options = {"max_length": self.args.max_length, "num_proc": self.args.dataset_num_proc}
-        options["pair_columns"] = {self._source}.intersection(PAIR_COLUMNS)
-        dataset = tokenize_pairs(dataset, self.processing_class, **options)
+        options |= {"pair_columns": {self._source}.intersection(PAIR_COLUMNS), "desc": f"Tokenizing {name}"}
+        try:
+            dataset = tokenize_pairs(dataset, self.processing_class, **options)
+        except (TypeError, ValueError) as error:
+            error.add_note(f"This is about the {name} data set.")
+            raise
         check_column(self._source, dataset.column_names, f"the {name} data set", self.objective.link)
         if self._source == "agreement":
             values = agreement_to_neg_log_dispersion(dataset["agreement"][:], self.objective.link)
