@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import math
+import re
 import sys
 import types
 
@@ -340,25 +341,26 @@ def test_models_of_another_kind_are_refused(tmp_path):
         DPOTrainer(tiny_model(), tiny_model(), args, None, images, processing_class=tiny_tokenizer())
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_a_model_that_trl_has_trained(tmp_path, bf16):
+@pytest.mark.parametrize("bf16, adapter", [(False, False), (True, False), (False, True)])
+def test_a_model_that_trl_has_trained(tmp_path, bf16, adapter):
     """TRL leaves its own forward on the object, and accelerate another one around it."""
 
     def fine_tuned():
         settings = SETTINGS | {"max_steps": 1, "per_device_train_batch_size": 1, "bf16": bf16, "max_length": 32}
         args = trl.SFTConfig(output_dir=str(tmp_path / "sft"), **settings)
         texts = Dataset.from_dict({"text": ["red green blue", "one two three"]})
-        trainer = trl.SFTTrainer(tiny_model(), args, train_dataset=texts, processing_class=tiny_tokenizer())
+        options = {"processing_class": tiny_tokenizer(), "peft_config": lora() if adapter else None}
+        trainer = trl.SFTTrainer(tiny_model(), args, train_dataset=texts, **options)
         trainer.train()
         return trainer.model
 
     model = fine_tuned()
-    with pytest.raises(
-        TypeError, match="forward of this LlamaForCausalLM was replaced.*`del model.forward` if a trainer"
-    ):
+    owner = "model.get_base_model()" if adapter else "model"
+    cure = re.escape(f"`del {owner}.forward` if a trainer of TRL")
+    with pytest.raises(TypeError, match=f"forward of this LlamaForCausalLM was replaced.*{cure}"):
         tiny_trainer(tmp_path, model=model)
     for again in (model, fine_tuned()):
-        del again.forward
+        del (again.get_base_model() if adapter else again).forward
         trainer = tiny_trainer(tmp_path, model=again)
         trainer.train()
         assert trainer.state.global_step == 2

@@ -272,6 +272,13 @@ CHANGES = {
 }
 
 
+def test_weights_that_are_nan_are_named():
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(ValueError, match="LlamaForCausalLM gives logits that are NaN: a weight is"):
+        attach_token_stats(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_model_that_does_something_unknown_to_its_logits_is_refused(change, dtype):

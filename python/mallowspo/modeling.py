@@ -62,10 +62,11 @@ def attach_token_stats(model):
         ValueError: the statistics disagree with the model's logits, or the model looks at later tokens, has an encoder
             besides, adds a loss of its own or an adapter that moves the positions.
     """
+    name = "model"
     if hasattr(model, "get_base_model"):
         if model.active_peft_config.is_prompt_learning:
             raise ValueError("prompt learning changes the positions that are scored; use LoRA or another adapter")
-        model = model.get_base_model()
+        model, name = model.get_base_model(), "model.get_base_model()"
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; use a causal language model")
     head = model.get_output_embeddings()
@@ -76,7 +77,7 @@ def attach_token_stats(model):
         lessons.append((model, _forward_of(type(model))))
     for module, _ in lessons:
         if not knows(module, type(module).forward):
-            hint = ", or `del model.forward` if a trainer of TRL left one on it" if "forward" in vars(module) else ""
+            hint = f", or `del {name}.forward` if a trainer of TRL left one on it" if "forward" in vars(module) else ""
             raise TypeError(
                 f"the forward of this {type(module).__name__} was replaced, by a patch or by a device_map over "
                 f"several devices; load the model unpatched and on one device{hint}"
@@ -151,6 +152,11 @@ def _compare_with_logits(model):
             model(input_ids=row, attention_mask=mask, use_cache=False).logits[0, :-1] for row in (ids, others)
         )
         found = model(input_ids=ids, attention_mask=mask, target_index=index, target_ids=ids[0, 1:])
+    if logits.isnan().any():
+        raise ValueError(
+            f"{type(model).__name__} gives logits that are NaN: a weight is, or a number overflows {logits.dtype}; "
+            "look at what trained or saved it"
+        )
     # A few roundings of a logit to its dtype: of the product, and of each step of a soft cap.
     allowed = 4 * torch.finfo(logits.dtype).eps * logits.abs().max().item() + 1e-5
     seen = (logits - changed)[: length // 2].abs().max().item()
