@@ -81,7 +81,9 @@ def by_hand(model, data, args, rounds):
     """Iterative DPO: every round against a frozen copy of what the round before gave."""
     weights = []
     for number in range(rounds):
-        trainer = MallowsTrainer(model, copy.deepcopy(model), args, data(number), processing_class=tiny_tokenizer())
+        trainer = MallowsTrainer(
+            model, copy.deepcopy(model), args, train_dataset=data(number), processing_class=tiny_tokenizer()
+        )
         trainer.train()
         weights.append(copy.deepcopy(trainer.model.state_dict()))
     return weights

@@ -138,8 +138,10 @@ def test_dispersion_source(tmp_path):
 
 
 REFUSED = [
-    ({"loss_type": "sigmoid"}, "unknown preset 'sigmoid'.*mallows-theta.*TRL's 'sigmoid' is 'dpo'"),
-    ({"loss_type": "mallows"}, "unknown preset 'mallows'"),
+    ({"loss_type": "sigmoid"}, "unknown preset 'sigmoid'; its name here is 'dpo'"),
+    ({"loss_type": "exo_pair"}, "unknown preset 'exo_pair'; its name here is 'exo-pair'"),
+    ({"loss_type": "dpo + cdpo"}, "unknown preset 'dpo '; its name here is 'dpo'"),
+    ({"loss_type": "mallows"}, "unknown preset 'mallows'; choose one of dpo, .*mallows-theta"),
     (
         {"loss_type": ["sigmoid", "bco_pair", "sft"]},
         "must be one preset, got .'sigmoid', 'bco_pair', 'sft'.; sft_weight",

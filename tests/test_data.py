@@ -205,6 +205,10 @@ def test_tools_hold_nothing_that_arrow_added():
     turn = {"prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]}
     rows = tokenize_pairs(Dataset.from_list([turn | {"tools": [tool]} for tool in tools]), tokenizer)
     assert [tokenizer.decode(row["prompt_ids"]) for row in rows] == [f"[{json.dumps(tool)}]Q" for tool in tools]
+    tokenizer, _ = build("bpe", "{% for m in messages %}{{ (m.tool_calls or m.content) | tojson }}{% endfor %}")
+    calls = [turn | {"chosen": [assistant("A") | {"tool_calls": [tool]}]} for tool in tools]
+    rows = tokenize_pairs(Dataset.from_list(calls), tokenizer)
+    assert all(json.dumps(tool) in tokenizer.decode(row["chosen_ids"]) for tool, row in zip(tools, rows, strict=True))
 
 
 def test_a_transform_is_applied():

@@ -274,7 +274,7 @@ def test_predictions_of_trl_still_work(tmp_path):
 REFUSED = [
     *(({"loss_type": name}, f"'{name}' has token weights.*use mallowspo.MallowsTrainer") for name in TOKENS),
     *(({"loss_type": name}, f"'{name}' has several references.*MallowsTrainer") for name in REFERENCES),
-    ({"loss_type": "sigmoid"}, "unknown preset 'sigmoid'.*TRL's 'sigmoid' is 'dpo'"),
+    ({"loss_type": "sigmoid"}, "unknown preset 'sigmoid'; its name here is 'dpo'"),
     ({"loss_type": ["dpo", "hinge"]}, "loss_type must be one preset, got .'dpo', 'hinge'.*sft_weight"),
     ({"loss_weights": [1.0]}, "loss_weights=.1.0. changes what TRL computes"),
     ({"f_divergence_type": "js_divergence"}, "f_divergence_type='js_divergence' changes.*leave it at 'reverse_kl'"),

@@ -1,10 +1,11 @@
-"""What a model says of a token may depend on those before it alone: models that look ahead, RoPE of a whole batch."""
+"""What a model says of a token may depend on those before it alone: models that look ahead, RoPE of a whole batch. And
+the tokens and positions that it has at all."""
 
 import math
 
 import pytest
 import torch
-from tiny import SHAPE, lora, tiny_model, tiny_pairs, tiny_trainer, train_logs
+from tiny import SHAPE, VOCABULARY, lora, tiny_model, tiny_pairs, tiny_trainer, train_logs
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, XLNetConfig, XLNetLMHeadModel
 
 from mallowspo.adapters import add_adapter
@@ -154,3 +155,33 @@ def test_the_trainer_refuses_such_a_limit_for_policy_and_reference(tmp_path, sha
     )
     trainer.train()
     assert train_logs(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+# Tokens and positions
+
+
+@pytest.mark.parametrize("which", ["model", "ref_model"])
+def test_a_token_that_the_model_has_not_is_named(tmp_path, which):
+    pairs = tiny_pairs(3, chosen=[" red", " blue bad", " sky"])
+    small = {which: tiny_model(vocab_size=VOCABULARY - 1)}
+    has = f"token id {VOCABULARY - 1}, but LlamaForCausalLM has embeddings for {VOCABULARY - 1} tokens"
+    with pytest.raises(ValueError, match=f"the train data set has {has}: pass .* own tokenizer, or .*resize_token"):
+        tiny_trainer(tmp_path, train_dataset=pairs, loss_type="dpo", **small)
+
+
+TABLES = {
+    "gpt2": {"n_positions": 16},
+    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 16},
+}
+
+
+@pytest.mark.parametrize("model_type", TABLES)
+def test_a_position_that_the_model_has_not_is_named(tmp_path, model_type):
+    def trainer(responses, model_type=model_type, **table):
+        pairs = tiny_pairs(2, prompt=["red", "blue"], chosen=[" up", " sky" * responses], rejected=[" no", " down"])
+        return tiny_trainer(tmp_path, model=tiny_model(model_type, **table), train_dataset=pairs)
+
+    trainer(14, **TABLES[model_type]).train()  # with the prompt and the EOS 16
+    with pytest.raises(ValueError, match="sequence of 17 tokens, but .* has 16 positions: set max_length to no more"):
+        trainer(15, **TABLES[model_type])
+    trainer(15, "llama", max_position_embeddings=16).train()  # computes them

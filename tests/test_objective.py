@@ -215,8 +215,8 @@ def test_an_objective_does_not_change():
 
 
 def test_an_unknown_preset_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown preset 'sigmoid'") as error:
-        preset("sigmoid")
+    with pytest.raises(ValueError, match="unknown preset 'mallows'") as error:
+        preset("mallows")
     assert all(name in str(error.value) for name in presets())
 
 

@@ -303,6 +303,7 @@ BAD_ARGUMENTS = [
         r"eval_dataset\['b'\] is None: give a data set, or leave 'b' out",
     ),
     ({"processing_class": object()}, TypeError, "processing_class must be a tokenizer, got object"),
+    ({"peft_config": {"r": 2}}, TypeError, "peft_config must be a peft.PeftConfig, .* got dict"),
     ({"processing_class": None}, ValueError, "pass its tokenizer as processing_class"),
 ]
 
@@ -329,6 +330,12 @@ def test_a_refused_data_set_is_named(tmp_path):
     with pytest.raises(ValueError, match="data set is empty") as refusal:
         tiny_trainer(tmp_path, eval_dataset=sets)
     assert refusal.value.__notes__ == ["This is about the eval short data set."]
+    tokenizer, turns = tiny_tokenizer(), ("prompt", "chosen", "rejected")
+    tokenizer.chat_template = "{{ raise_exception('no ' + messages[0].content) }}"
+    chats = Dataset.from_list([{turn: [{"role": "user", "content": "system"}] for turn in turns}])
+    with pytest.raises(Exception, match="no system") as refusal:
+        tiny_trainer(tmp_path, train_dataset=chats, processing_class=tokenizer)
+    assert refusal.value.__notes__ == ["The chat template was given row 0.", "This is about the train data set."]
 
 
 def test_lengths_that_leave_nothing(tmp_path):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
-from tiny import cache_files, lora, tiny_trainer
+from tiny import cache_files, lora, tiny_model, tiny_tokenizer, tiny_trainer
+from transformers import AutoTokenizer
 
 WEIGHTS = {False: {"model.safetensors", "config.json"}, True: {"adapter_model.safetensors", "adapter_config.json"}}
 
@@ -60,3 +61,15 @@ def test_pushing_while_training(tmp_path, uploads, adapter):
         assert files >= WEIGHTS[adapter] | {"tokenizer.json", "README.md"}
         assert f"| steps done | {steps} |" in card.text and "mallowspo" in card.data.tags
         assert 'model="me/ours"' in card.text
+
+
+def test_the_tokenizer_is_of_the_models_revision(tmp_path, monkeypatch):
+    for part in (tiny_model(), tiny_tokenizer()):
+        part.save_pretrained(tmp_path / "model")
+    asked, load = {}, AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda name, **given: asked.update(given) or load(name, **given)
+    )
+    origin = {"revision": "v2", "dtype": "float32"}
+    tiny_trainer(tmp_path, model=str(tmp_path / "model"), processing_class=None, model_init_kwargs=origin)
+    assert asked == {"revision": "v2"}

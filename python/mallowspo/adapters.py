@@ -4,13 +4,17 @@ from contextlib import contextmanager
 
 
 def add_adapter(model, peft_config):
-    """The model wrapped as a ``PeftModel``. Raises ImportError without peft, ValueError for a second adapter."""
+    """The model wrapped as a ``PeftModel``. Raises ImportError without peft, TypeError for what is no
+    ``PeftConfig``, ValueError for a second adapter."""
     try:
-        from peft import get_peft_model
+        from peft import PeftConfig, get_peft_model
     except ImportError as error:
         raise ImportError("peft_config needs the package peft; run: pip install 'mallowspo[peft]'") from error
     if hasattr(model, "get_base_model") or getattr(model, "_hf_peft_config_loaded", False):  # loaded by its name
         raise ValueError("model already has an adapter; merge it, or leave peft_config out and train this one")
+    if not isinstance(peft_config, PeftConfig):
+        kind = type(peft_config).__name__
+        raise TypeError(f"peft_config must be a peft.PeftConfig, such as peft.LoraConfig(r=8), got {kind}")
     return get_peft_model(model, peft_config)
 
 

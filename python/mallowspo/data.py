@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable
 from difflib import SequenceMatcher
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
@@ -26,7 +27,7 @@ TOKEN_REFERENCE_COLUMNS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
 DIFF_COLUMNS = ("chosen_differs", "rejected_differs")  # what mark_differences adds
 
 _PROMPT_TOO_LONG, _EMPTY_COMPLETION = "prompt too long", "empty completion"
-_REVISION = 4  # raise when the result changes: the `datasets` cache knows _tokenize_pair by its name, not by its code
+_REVISION = 5  # raise when the result changes: the `datasets` cache knows _tokenize_pair by its name, not by its code
 
 
 def tokenize_pairs(
@@ -58,7 +59,8 @@ def tokenize_pairs(
 
     A sequence is cut to its first `max_length` tokens. A pair with a side that keeps no completion token to score is
     dropped: the prompt fills `max_length`, or the completion is empty (when nothing precedes the completion, not even
-    BOS, its first token has no prediction and does not count). One warning states how many were dropped and why.
+    BOS, its first token has no prediction and does not count). A text of no characters is not empty, it has its EOS,
+    nor is a message of none, which has its end of turn. One warning states how many were dropped and why.
 
     Args:
         dataset: The pairs, as its transform gives them if it has one. Further columns are ignored, except those of
@@ -184,8 +186,12 @@ def _tokenize_pair(
                 "conversations need a chat template: set tokenizer.chat_template, or give plain text in 'prompt', "
                 "'chosen' and 'rejected'"
             )
-        texts = [_render(prompt, row, tokenizer, add_generation_prompt=True)]
-        texts += [_render(prompt + completion, row, tokenizer) for completion in (chosen, rejected)]
+        try:
+            texts = [_render(prompt, row, tokenizer, add_generation_prompt=True)]
+            texts += [_render(prompt + completion, row, tokenizer) for completion in (chosen, rejected)]
+        except Exception as error:  # the template's own
+            error.add_note(f"The chat template was given row {index}.")
+            raise
         sequences = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     prompt_length = _common_length(*sequences)
@@ -295,6 +301,10 @@ def _render(messages: list, row: dict, tokenizer: PreTrainedTokenizerBase, add_g
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else _without_none(tools)
     options = _without_none(row.get("chat_template_kwargs") or {})
+    messages = [
+        message | {"tool_calls": _without_none(message["tool_calls"])} if message.get("tool_calls") else message
+        for message in messages
+    ]
     return tokenizer.apply_chat_template(
         messages, tools=tools or None, add_generation_prompt=add_generation_prompt, tokenize=False, **options
     )
@@ -324,6 +334,17 @@ def scored_tokens(dataset: Dataset) -> dict[str, list[int]]:
         side: [len(ids) - first for ids, first in zip(dataset[f"{side}_ids"], without, strict=True)]
         for side in ("chosen", "rejected")
     }
+
+
+def extent(dataset: Dataset) -> tuple[int, int]:
+    """The largest token id and the longest sequence, a prompt with one completion, of `tokenize_pairs`' rows."""
+    largest, longest = 0, 0
+    for batch in dataset.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(batch_size=1000):
+        columns = [batch[name].combine_chunks() for name in TOKEN_COLUMNS]
+        prompt, *completions = (column.value_lengths().to_numpy() for column in columns)
+        longest = max(longest, int((prompt + np.maximum(*completions)).max()))
+        largest = max(largest, *(int(column.flatten().to_numpy().max(initial=0)) for column in columns))
+    return largest, longest
 
 
 # ---- which tokens of a pair differ ---------------------------------------------------------------------------------

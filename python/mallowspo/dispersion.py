@@ -58,7 +58,10 @@ def chosen_source(args, objective, columns):
 def check_column(source, columns, data, link):
     """ValueError where a data set, named as ``data``, lacks the column that the dispersion comes from."""
     if source in PAIR_COLUMNS and source not in columns:
-        raise ValueError(f"{data} lacks the column {source!r}, the dispersion of {link!r}")
+        raise ValueError(
+            f"{data} lacks the column {source!r}, the dispersion of {link!r}: add it, or set "
+            "dispersion_source='entropy'"
+        )
 
 
 def agreement_to_neg_log_dispersion(agreement, link):

@@ -254,6 +254,30 @@ def check_rope(model, max_length, pad_to_multiple_of=None):
                 )
 
 
+def embedding_tables(model):
+    """(class name, tokens, positions) that the model has embeddings for; positions None where it computes them."""
+    words = model.get_input_embeddings().weight
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
+    is_learned = limit is not None and not tables.isdisjoint({limit, limit + 2})  # OPT's has two more
+    return type(model).__name__, getattr(words, "ds_shape", words.shape)[0], limit if is_learned else None
+
+
+def check_embedded(tables, largest_id, longest, data):
+    """ValueError where a token id or a position of `data`, so named, lies outside one of the `embedding_tables`."""
+    for name, num_tokens, num_positions in tables:
+        if largest_id >= num_tokens:
+            raise ValueError(
+                f"{data} has token id {largest_id}, but {name} has embeddings for {num_tokens} tokens: pass the "
+                "model's own tokenizer, or after adding tokens call model.resize_token_embeddings(len(tokenizer))"
+            )
+        if num_positions is not None and longest > num_positions:
+            raise ValueError(
+                f"{data} has a sequence of {longest} tokens, but {name} has {num_positions} positions: set max_length "
+                "to no more than that"
+            )
+
+
 @torch.no_grad()
 def _packed_difference(model, implementation):
     """Largest relative difference that packing makes to the hidden state of a scored position, and what may be.

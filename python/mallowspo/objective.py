@@ -270,6 +270,16 @@ class PreferenceObjective:
         return scores
 
 
+# TRL's names and those of the authors' code, for the message, where more than the hyphen differs.
+_NAMES_ELSEWHERE = {
+    "aot-pair": "aot",
+    "mallows-dpo": "mallows-theta",
+    "robust": "robust-dpo",
+    "sigmoid": "dpo",
+    "sigmoid-norm": "ln-dpo",
+}
+
+
 def presets():
     """Names that :func:`preset` knows and composes; docs/methods.md describes them."""
     return tuple(FAMILY)
@@ -288,8 +298,10 @@ def preset(name, **overrides):
     fields, owners = {"link": "bradley-terry"}, {}
     for part in name.split("+"):
         if part not in FAMILY:
-            known = ", ".join(FAMILY)
-            raise ValueError(f"unknown preset {part!r}; choose one of {known} (TRL's 'sigmoid' is 'dpo')")
+            here = part.strip().replace("_", "-")
+            here = _NAMES_ELSEWHERE.get(here, here)
+            advice = f"its name here is {here!r}" if here in FAMILY else f"choose one of {', '.join(FAMILY)}"
+            raise ValueError(f"unknown preset {part!r}; {advice}")
         for field, value in FAMILY[part].fields.items():
             if field in owners:
                 raise ValueError(f"presets {owners[field]!r} and {part!r} both set {field}, so they do not compose")

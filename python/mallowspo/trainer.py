@@ -14,7 +14,7 @@ from mallowspo import functional as F
 from mallowspo.adapters import add_adapter, check_adapter_off
 from mallowspo.collator import PreferenceCollator
 from mallowspo.config import MallowsConfig
-from mallowspo.data import PAIR_COLUMNS, evaluation_sets, mark_differences, stop_word_ids, tokenize_pairs
+from mallowspo.data import PAIR_COLUMNS, evaluation_sets, extent, mark_differences, stop_word_ids, tokenize_pairs
 from mallowspo.dispersion import agreement_to_neg_log_dispersion, calibrated_scale, check_column, chosen_source
 from mallowspo.distributed import DistributedTrainer
 from mallowspo.metrics import Means, pair_metrics
@@ -23,8 +23,10 @@ from mallowspo.model_card import WritesModelCard
 from mallowspo.modeling import (
     attach_token_stats,
     check_apart,
+    check_embedded,
     check_rope,
     disable_dropout,
+    embedding_tables,
     evaluating,
     load_model,
     response_stats,
@@ -35,6 +37,9 @@ from mallowspo.sharded import check_loaded, fully_sharded, inference_engine, is_
 from mallowspo.token_weights import weighted_logps
 
 logger = logging.get_logger(__name__)
+
+# What of model_init_kwargs says where a model, and so its tokenizer, comes from.
+_OF_BOTH = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 
 
 class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
@@ -72,6 +77,7 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         model,
         ref_model=None,
         args=None,
+        *,
         train_dataset=None,
         eval_dataset=None,
         processing_class=None,
@@ -108,7 +114,8 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         if processing_class is None:
             if not name:
                 raise ValueError("the model was not loaded from anywhere: pass its tokenizer as processing_class")
-            processing_class = AutoTokenizer.from_pretrained(name)
+            given = (init_kwargs or {}) if self._loaded_from else {}
+            processing_class = AutoTokenizer.from_pretrained(name, **{k: given[k] for k in _OF_BOTH if k in given})
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             kind = type(processing_class).__name__
             raise TypeError(f"processing_class must be a tokenizer, got {kind}; a processor has one in .tokenizer")
@@ -118,6 +125,7 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         self._is_peft = hasattr(model, "get_base_model")
         for m in (model, *loaded):
             self._taught(m, args)
+        self._tables = [embedding_tables(m) for m in (model, *loaded)]
         if self._is_peft and args.gradient_checkpointing:
             model.enable_input_require_grads()  # else a checkpointed block sees no input that needs a gradient
         for reference in loaded:
@@ -157,9 +165,10 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         options |= {"pair_columns": {self._source}.intersection(PAIR_COLUMNS), "desc": f"Tokenizing {name}"}
         try:
             dataset = tokenize_pairs(dataset, self.processing_class, **options)
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             error.add_note(f"This is about the {name} data set.")
             raise
+        check_embedded(self._tables, *extent(dataset), f"the {name} data set")
         check_column(self._source, dataset.column_names, f"the {name} data set", self.objective.link)
         if self._source == "agreement":
             values = agreement_to_neg_log_dispersion(dataset["agreement"][:], self.objective.link)
