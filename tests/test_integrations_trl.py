@@ -259,6 +259,16 @@ def test_from_the_command_line(tmp_path):
     assert args.objective() == preset("mallows-phi", beta=0.2) and args.dispersion_scale == 0.29
 
 
+@pytest.mark.parametrize("preset, papers", [("mallows-phi", 2), ("ipo", 1)])
+def test_the_card_names_what_was_trained(tmp_path, preset, papers):
+    trainer = ours(tmp_path, loss_type=preset)
+    trainer.create_model_card(model_name="mine", tags="liked")
+    card = (tmp_path / "README.md").read_text()
+    assert f"trained with {preset}" in card and "Direct Preference" not in card and card.count("```bibtex") == papers
+    assert f"| link | {trainer.objective.link} |" in card and "- mallowspo" in card and "- liked" in card
+    assert ("phi_star = 0.145" in card) == trainer.objective.uses_dispersion
+
+
 def test_predictions_of_trl_still_work(tmp_path):
     """TRL runs the model once more for the logits it hands to compute_metrics; that run is no reference."""
     trainer = ours(tmp_path, peft=True)

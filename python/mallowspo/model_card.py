@@ -26,18 +26,14 @@ _SETTINGS = (
     *("max_length", "disable_dropout", "gradient_checkpointing", "bf16", "fp16", "seed"),
 )
 _CLOCK = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-_CITATION = """## Citation
-
-```bibtex
-@inproceedings{chen2025mallowspo,
+BIBTEX = """@inproceedings{chen2025mallowspo,
   title     = {{MallowsPO}: Fine-Tune Your {LLM} with Preference Dispersions},
   author    = {Chen, Haoxian and Zhao, Hanyang and Lam, Henry and Yao, David and Tang, Wenpin},
   booktitle = {International Conference on Learning Representations},
   year      = {2025},
   note      = {arXiv:2405.14953}
-}
-```
-"""
+}"""
+_CITATION = f"## Citation\n\n```bibtex\n{BIBTEX}\n```\n"
 
 
 class WritesModelCard:
@@ -126,7 +122,7 @@ Fine-tuned from {origin} on preference pairs with mallowspo, method `{args.loss_
 
 {markdown_table(("field", "value"), trainer._objective_facts().items())}
 
-{_dispersion(trainer)}
+{described_dispersion(trainer)}
 
 Reference: {trainer._described_reference()}.
 
@@ -190,7 +186,8 @@ print(generator({json.dumps(question)}, max_new_tokens=64, return_full_text=Fals
 ```"""
 
 
-def _dispersion(trainer):
+def described_dispersion(trainer):
+    """The sentence about the dispersion of a trainer with ``objective``, ``_source`` and ``dispersion_scale``."""
     if not trainer.objective.uses_dispersion:
         return "Dispersion: the method uses none."
     source = {

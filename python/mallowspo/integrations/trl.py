@@ -7,17 +7,20 @@ already give log-probability and entropy of every token, of policy and reference
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCard
 from packaging.version import Version
 
 from mallowspo import functional as F
 from mallowspo.config import ObjectiveArguments, check_dispersion
 from mallowspo.data import PAIR_COLUMNS, evaluation_sets
 from mallowspo.dispersion import agreement_to_neg_log_dispersion, check_column, chosen_source
+from mallowspo.model_card import BIBTEX, described_dispersion, markdown_table
 from mallowspo.objective import presets
 
 TESTED = ("1.16", "2")  # from, below; on a CPU 1.15 cannot train
@@ -41,6 +44,11 @@ _REPLACED = (
     *("loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "use_liger_kernel"),
 )
 _DISPERSION = "neg_log_dispersion"
+_PAPER = {
+    "title": "MallowsPO: Fine-Tune Your LLM with Preference Dispersions",
+    "id": "2405.14953",
+    "citation": BIBTEX,
+}
 
 
 @dataclass
@@ -107,9 +115,13 @@ class DPOTrainer(trl.DPOTrainer):
     ``rewards/*`` are the objective's own (of mean log-ratios where it takes means, without the reference where it is
     reference-free). Added metrics: ``dispersion/neg_log_mean`` (scaled) and ``dispersion/entropy`` (normalised).
 
+    The model card is TRL's, with the objective and its dispersion instead of DPO.
+
     Raises:
         TypeError: args of TRL's own class. ValueError: a model, data set or setting that cannot be used.
     """
+
+    _tag_names = ["trl", "mallowspo"]
 
     def __init__(
         self,
@@ -128,7 +140,8 @@ class DPOTrainer(trl.DPOTrainer):
                 f"args must be a mallowspo.integrations.trl.DPOConfig, got {type(args).__module__}."
                 f"{type(args).__qualname__}: import both names from mallowspo.integrations.trl"
             )
-        self.objective = args.objective()
+        self.objective, self._name = args.objective(), args.loss_type[0]
+        self._paper = _PAPER if self.objective.uses_dispersion else {}
         self._source = None
         if self.objective.uses_dispersion:
             columns = next(iter(train_dataset or ()), {})
@@ -161,6 +174,15 @@ class DPOTrainer(trl.DPOTrainer):
             self._vocabulary = reference.get_output_embeddings().out_features  # the weight's shape may be of a shard
         elif self._source:
             self.data_collator = _WithDispersion(self.data_collator, self._source, self.objective.link)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir) / "README.md"
+            card = ModelCard.load(path)
+            objective = markdown_table(("field", "value"), asdict(self.objective).items())
+            card.text += f"\n## Objective\n\n{objective}\n\n{described_dispersion(self)}\n"
+            card.save(path)
 
     @property
     def _reference(self):
