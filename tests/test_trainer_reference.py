@@ -266,7 +266,7 @@ def test_a_new_data_set_needs_a_reference_that_is_still_there(tmp_path):
     cached = tiny_trainer(tmp_path)
     for use in (cached.evaluate, cached.score, cached.predict):
         with pytest.raises(
-            ValueError, match="not given to the constructor.*pass it as eval_dataset, or pass ref_model"
+            ValueError, match="not given to the constructor.*give it to the constructor, .*or pass ref_model"
         ):
             use(new)
     moving = tiny_trainer(tmp_path, tiny_model("qwen2"), peft_config=lora(bias="all"))

@@ -135,7 +135,7 @@ class ReadsReferences:
         if None in self.references and not self._is_peft:
             raise ValueError(
                 "this data set was not given to the constructor, so the reference never saw it, and no reference was "
-                "kept: pass it as eval_dataset, or pass ref_model"
+                "kept: give it to the constructor, as train_dataset or in eval_dataset, or pass ref_model"
             )
         if None in self.references and self._cached:
             check_adapter_off(self.accelerator.unwrap_model(self.model), for_good=True)
