@@ -360,7 +360,12 @@ BAD = [
     (Dataset.from_list([{"chosen": "a", "rejected": CHAT}]), ValueError, "row 0 mixes"),
     (pair(CHAT, [assistant(None)], CHAT), ValueError, "row 0: 'chosen' has a message without content"),
     (pair(CHAT, [{"role": None, "content": "a"}], CHAT), TypeError, "row 0: 'chosen' must be"),
-    (pair(CHAT, CHAT, CHAT), ValueError, "set tokenizer.chat_template"),
+    (pair(CHAT, [assistant("a")], CHAT), ValueError, "set tokenizer.chat_template"),
+    (
+        pair(CHAT, [*CHAT, assistant("a")], CHAT),
+        ValueError,
+        "row 0: .* begin with .* 'prompt'.*twice; remove the column",
+    ),
     (Dataset.from_list([TEXT | {"images": ["a.png"]}]), ValueError, "column 'images', which would not be seen"),
     (pair(CHAT, [assistant([{"type": "audio"}])], CHAT), ValueError, "row 0: 'chosen' has .* more than text"),
 ]

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tiny import tiny_pairs, tiny_tokenizer
 
 from mallowspo.collator import PreferenceCollator
-from mallowspo.data import DIFF_COLUMNS, diff_masks, mark_differences, scored_tokens, stop_word_ids, tokenize_pairs
+from mallowspo.data import scored_tokens, tokenize_pairs
+from mallowspo.differences import DIFF_COLUMNS, diff_masks, mark_differences, stop_word_ids
 
 
 @pytest.mark.parametrize(

@@ -332,7 +332,7 @@ def test_a_refused_data_set_is_named(tmp_path):
     assert refusal.value.__notes__ == ["This is about the eval short data set."]
     tokenizer, turns = tiny_tokenizer(), ("prompt", "chosen", "rejected")
     tokenizer.chat_template = "{{ raise_exception('no ' + messages[0].content) }}"
-    chats = Dataset.from_list([{turn: [{"role": "user", "content": "system"}] for turn in turns}])
+    chats = Dataset.from_list([{turn: [{"role": "user", "content": f"system {turn}"}] for turn in turns}])
     with pytest.raises(Exception, match="no system") as refusal:
         tiny_trainer(tmp_path, train_dataset=chats, processing_class=tokenizer)
     assert refusal.value.__notes__ == ["The chat template was given row 0.", "This is about the train data set."]

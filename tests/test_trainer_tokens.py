@@ -8,7 +8,8 @@ from tiny import WORDS, cache_files, lora, tiny_model, tiny_pairs, tiny_tokenize
 
 from mallowspo import objective, reference
 from mallowspo.collator import PreferenceCollator
-from mallowspo.data import diff_masks, tokenize_pairs
+from mallowspo.data import tokenize_pairs
+from mallowspo.differences import diff_masks
 from mallowspo.mixture import mixed_reference_logps
 from mallowspo.model_card import model_card
 from mallowspo.token_weights import pair_draws, token_weights

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from mallowspo.data import DIFF_COLUMNS, PAIR_COLUMNS
+from mallowspo.data import PAIR_COLUMNS
+from mallowspo.differences import DIFF_COLUMNS
 
 
 @dataclass

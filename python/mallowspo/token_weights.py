@@ -34,7 +34,7 @@ def token_weights(
         token_decay: in (0, 1]. ld_alpha: in [0, 1]. bridge_delta: finite, >= 0; 0 bridges nothing.
         draws: [B] int64 of :func:`pair_draws`: the same number draws the same positions, in any batch and on any
             device. None keeps all tokens.
-        differs: [N] bool, of :func:`mallowspo.data.diff_masks`; for a bridge_delta > 0 and only then.
+        differs: [N] bool, of :func:`mallowspo.differences.diff_masks`; for a bridge_delta > 0 and only then.
 
     Returns:
         [N], dtype of token_logps, without gradient.
@@ -46,7 +46,7 @@ def token_weights(
     if (differs is not None) != (bridge_delta > 0):
         raise ValueError(
             f"bridge_delta={bridge_delta} (BMC) needs differs, the mask of the tokens that differ between the two "
-            "responses: mallowspo.data.diff_masks makes it"
+            "responses: mallowspo.differences.diff_masks makes it"
             if differs is None
             else "differs is read where bridge_delta > 0 (BMC); leave it out or set bridge_delta"
         )

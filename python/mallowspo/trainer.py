@@ -14,7 +14,8 @@ from mallowspo import functional as F
 from mallowspo.adapters import add_adapter, check_adapter_off
 from mallowspo.collator import PreferenceCollator
 from mallowspo.config import MallowsConfig
-from mallowspo.data import PAIR_COLUMNS, evaluation_sets, extent, mark_differences, stop_word_ids, tokenize_pairs
+from mallowspo.data import PAIR_COLUMNS, evaluation_sets, extent, tokenize_pairs
+from mallowspo.differences import mark_differences, stop_word_ids
 from mallowspo.dispersion import agreement_to_neg_log_dispersion, calibrated_scale, check_column, chosen_source
 from mallowspo.distributed import DistributedTrainer
 from mallowspo.metrics import Means, pair_metrics
