@@ -184,4 +184,5 @@ def test_a_position_that_the_model_has_not_is_named(tmp_path, model_type):
     trainer(14, **TABLES[model_type]).train()  # with the prompt and the EOS 16
     with pytest.raises(ValueError, match="sequence of 17 tokens, but .* has 16 positions: set max_length to no more"):
         trainer(15, **TABLES[model_type])
-    trainer(15, "llama", max_position_embeddings=16).train()  # computes them
+    for limit in (16, VOCABULARY):
+        trainer(30, "llama", max_position_embeddings=limit).train()  # computes them

@@ -257,10 +257,11 @@ def check_rope(model, max_length, pad_to_multiple_of=None):
 def embedding_tables(model):
     """(class name, tokens, positions) that the model has embeddings for; positions None where it computes them."""
     words = model.get_input_embeddings().weight
+    num_tokens = getattr(words, "ds_shape", words.shape)[0]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tables = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
-    is_learned = limit is not None and not tables.isdisjoint({limit, limit + 2})  # OPT's has two more
-    return type(model).__name__, getattr(words, "ds_shape", words.shape)[0], limit if is_learned else None
+    others = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)} - {num_tokens}
+    is_learned = limit is not None and not others.isdisjoint({limit, limit + 2})  # OPT's has two more
+    return type(model).__name__, num_tokens, limit if is_learned else None
 
 
 def check_embedded(tables, largest_id, longest, data):
