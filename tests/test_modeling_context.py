@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny import SHAPE, VOCABULARY, lora, tiny_model, tiny_pairs, tiny_trainer, train_logs
+from tiny import SHAPE, VOCABULARY, lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, XLNetConfig, XLNetLMHeadModel
 
 from mallowspo.adapters import add_adapter
@@ -167,6 +167,14 @@ def test_a_token_that_the_model_has_not_is_named(tmp_path, which):
     has = f"token id {VOCABULARY - 1}, but LlamaForCausalLM has embeddings for {VOCABULARY - 1} tokens"
     with pytest.raises(ValueError, match=f"the train data set has {has}: pass .* own tokenizer, or .*resize_token"):
         tiny_trainer(tmp_path, train_dataset=pairs, loss_type="dpo", **small)
+
+
+def test_a_pad_token_that_the_model_has_not_is_named(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    tiny_trainer(tmp_path, processing_class=tokenizer).train()  # no padding where prompts are shared
+    with pytest.raises(ValueError, match=f"the padding has token id {VOCABULARY}, but .* {VOCABULARY} tokens"):
+        tiny_trainer(tmp_path, processing_class=tokenizer, share_prompt=False)
 
 
 TABLES = {

@@ -132,12 +132,14 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
         for reference in loaded:
             reference.requires_grad_(False)
 
+        shared = self._shares_prompts(args, model, *references)
+        collator = PreferenceCollator(processing_class.pad_token_id, args.pad_to_multiple_of, shared)
+        if not shared:
+            check_embedded(self._tables, collator.pad_token_id, 0, "the padding")
         super().__init__(
             model=model,
             args=args,
-            data_collator=PreferenceCollator(
-                processing_class.pad_token_id, args.pad_to_multiple_of, self._shares_prompts(args, model, *references)
-            ),
+            data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
