@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from jinja2 import TemplateError
 from tiny import Averaging, lora, tiny_model, tiny_pairs, tiny_tokenizer, tiny_trainer, train_logs
 
 import mallowspo
@@ -333,7 +334,7 @@ def test_a_refused_data_set_is_named(tmp_path):
     tokenizer, turns = tiny_tokenizer(), ("prompt", "chosen", "rejected")
     tokenizer.chat_template = "{{ raise_exception('no ' + messages[0].content) }}"
     chats = Dataset.from_list([{turn: [{"role": "user", "content": f"system {turn}"}] for turn in turns}])
-    with pytest.raises(Exception, match="no system") as refusal:
+    with pytest.raises(TemplateError, match="no system") as refusal:
         tiny_trainer(tmp_path, train_dataset=chats, processing_class=tokenizer)
     assert refusal.value.__notes__ == ["The chat template was given row 0.", "This is about the train data set."]
 
