@@ -396,5 +396,5 @@ def test_layers_of_different_dtypes_have_masks_of_their_own():
 def test_the_layers_share_their_masks_under_fsdp_too():
     """FSDP maps a function over the arguments of every layer, which makes new dictionaries of plain ones."""
     batch = pack([[5] * 4], [([6] * 3, [7] * 2)])
-    masks = packed_inputs(tiny_model().config, batch["input_ids"], batch["segments"])["masks"]
-    assert tree_map(lambda leaf: leaf, {"masks": masks})["masks"] is masks
+    packed = packed_inputs(tiny_model().config, batch["input_ids"], batch["segments"])["packed"]
+    assert tree_map(lambda leaf: leaf, {"packed": packed})["packed"] is packed

@@ -6,12 +6,12 @@ is that of the separate sequences, for less, unless the longest of them changes 
 `mallowspo.modeling.check_rope` guards. `mallowspo.collator.pack` lays batches out like this; its `segments` are, for
 each prompt, its length and those of its responses.
 
-The layers find `segments` among the keyword arguments of their model's forward, and `masks`, a dictionary that the
-first of them fills for all. Under the name in `ATTENTION`, transformers knows an attention function that attends to
-each sequence by itself with torch's SDPA: no mask over the whole batch exists. A model loaded with "flex_attention"
-gets the same pattern as a block mask, for GPUs.
+The layers find a `Packed` among the keyword arguments of their model's forward. Under the name in `ATTENTION`,
+transformers knows an attention function that attends to each sequence by itself with torch's SDPA: no mask over the
+whole batch exists. A model loaded with "flex_attention" gets the same pattern as a block mask, for GPUs.
 """
 
+from functools import partial
 from itertools import islice
 
 import torch
@@ -23,30 +23,45 @@ from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "mallowspo"  # the name of the attention below among those of transformers
 
+# Of what cuts a batch to its own lengths, torch.compile would make code for every batch again; what it calls, unless
+# that is marked too, may be compiled.
+untraced = partial(torch.compiler.disable, recursive=False)
+
 
 class CannotShare(RuntimeError):
-    """The layers of a model keep `segments` from their attention, or have masks of their own."""
+    """The layers of a model keep a `Packed` from their attention, or have masks of their own."""
 
 
-def _attention(module, query, key, value, attention_mask, segments=None, masks=None, **kwargs):
+class Packed:
+    """The segments of a batch, and the masks that the first layer makes for all.
+
+    No container: FSDP would copy one for every layer, and torch.compile would make code for its contents.
+    """
+
+    def __init__(self, segments):
+        self.segments, self.masks = segments, {}
+
+
+@torch.compiler.disable
+def _attention(module, query, key, value, attention_mask, packed=None, **kwargs):
     """SDPA of each sequence of a packed batch [1, heads, T, head size]; of any other batch as it was meant."""
-    if segments is None:
+    if packed is None:
         if _is_unread(attention_mask):
             raise CannotShare(f"hand nothing on to their {type(module).__name__}")
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if not _is_unread(attention_mask):
         raise CannotShare(f"make a mask of their own for their {type(module).__name__}")
     # The first response follows its prompt, so the two are an ordinary causal sequence.
-    lengths = [n for prompt, (first, *others) in segments for n in (prompt + first, *others)]
+    lengths = [n for prompt, (first, *others) in packed.segments for n in (prompt + first, *others)]
     pieces = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     outputs = []
-    for prompt, responses in segments:
+    for prompt, responses in packed.segments:
         q, k, v = next(pieces)
         outputs.append(sdpa_attention_forward(module, q, k, v, None, **kwargs)[0])
         prompt_k, prompt_v = k[:, :, :prompt], v[:, :, :prompt]
         for q, k, v in islice(pieces, len(responses) - 1):
             k, v = torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)
-            outputs.append(_continuation(q, k, v, prompt, masks, **kwargs))
+            outputs.append(_continuation(q, k, v, prompt, packed.masks, **kwargs))
     return torch.cat(outputs, dim=1), None
 
 
@@ -68,21 +83,18 @@ def _continuation(query, key, value, prompt, masks, dropout=0.0, scaling=None, *
     return output.permute(2, 1, 0, 3).flatten(1, 2)[None]
 
 
-class _Masks(dict):
-    """No plain dictionary, which FSDP would copy for every layer, so that none saw what the first had put in."""
-
-
 AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
+@untraced
 def packed_inputs(config, input_ids, segments):
     """The keyword arguments by which the layers of a model learn who attends to whom in a packed batch."""
     if config._attn_implementation == "flex_attention":
         return {"attention_mask": block_mask(segments, input_ids.device)}
     # A mask of four dimensions is handed to the layers as it is: none is built, and none is read.
     unread = input_ids.new_ones(1, 1, 1, 1, dtype=torch.int64)
-    return {"attention_mask": unread, "segments": segments, "masks": _Masks()}
+    return {"attention_mask": unread, "packed": Packed(segments)}
 
 
 def _is_unread(mask):
@@ -90,6 +102,7 @@ def _is_unread(mask):
     return mask is not None and mask.dtype == torch.int64
 
 
+@untraced
 def block_mask(segments, device):
     """FlexAttention's BlockMask over the tokens of a packed batch."""
     lengths = torch.tensor([n for prompt, responses in segments for n in (prompt, *responses)])

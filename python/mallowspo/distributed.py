@@ -69,6 +69,9 @@ class DistributedTrainer(Trainer):
                     f"parallelism that splits sequences or layers over the ranks, with {kind} size {size}, does not "
                     "go with a head that reads whole ones: leave the size at 1; FSDP2 and DeepSpeed shard weights"
                 )
+        dynamo = self.accelerator.state.dynamo_plugin
+        if dynamo.dynamic is False:  # as accelerate launch has it by default; no two batches have one length
+            dynamo.dynamic = None
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
             # accelerate would round what the model returns, log-probabilities in float32, to the dtype of its layers.

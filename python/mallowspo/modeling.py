@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mallowspo import functional as F
-from mallowspo.attention import ATTENTION, CannotShare, packed_inputs
+from mallowspo.attention import ATTENTION, CannotShare, packed_inputs, untraced
 from mallowspo.collator import pack, pad
 from mallowspo.heads import head_modules, knows, learn
 from mallowspo.token_weights import response_sums
@@ -112,10 +112,16 @@ def _forward_of(model_class):
     return forward
 
 
+@untraced
 def _model_forward(self, *args, target_index=None, target_ids=None, aligned=False, **kwargs):
     if target_ids is None:
         return type(self).forward(self, *args, **kwargs)
     hidden, head = _hidden_states(self, target_index, *args, **kwargs), self.get_output_embeddings()
+    return _stats(head, hidden, target_ids, aligned)
+
+
+@torch.compiler.disable
+def _stats(head, hidden, target_ids, aligned):
     stats = head(hidden, target_ids=target_ids)
     if not aligned:
         return stats
@@ -124,6 +130,7 @@ def _model_forward(self, *args, target_index=None, target_ids=None, aligned=Fals
         return *stats, 2 * stats.logps - sharp_logps
 
 
+@untraced
 def _hidden_states(model, target_index, *args, segments=None, **kwargs):
     """Last hidden states [N, D] of the positions to score."""
     inputs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT fills in what was not given
