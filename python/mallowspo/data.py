@@ -25,7 +25,7 @@ REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "ref_chosen_entro
 TOKEN_REFERENCE_COLUMNS = ("ref_chosen_token_logps", "ref_rejected_token_logps")  # a list for each pair
 
 _PROMPT_TOO_LONG, _EMPTY_COMPLETION = "prompt too long", "empty completion"
-_REVISION = 5  # raise when the result changes: the `datasets` cache knows _tokenize_pair by its name, not by its code
+_REVISION = 6  # raise when the result changes: the `datasets` cache knows _tokenize_pair by its name, not by its code
 
 
 def tokenize_pairs(
@@ -58,7 +58,8 @@ def tokenize_pairs(
     A sequence is cut to its first `max_length` tokens. A pair with a side that keeps no completion token to score is
     dropped: the prompt fills `max_length`, or the completion is empty (when nothing precedes the completion, not even
     BOS, its first token has no prediction and does not count). A text of no characters is not empty, it has its EOS,
-    nor is a message of none, which has its end of turn. One warning states how many were dropped and why.
+    nor is a message of none, which has its end of turn. One warning states how many were dropped and why, another how
+    many have two completions of the same tokens; these stay.
 
     Args:
         dataset: The pairs, as its transform gives them if it has one. Further columns are ignored, except those of
@@ -89,7 +90,8 @@ def tokenize_pairs(
     check_count("max_length", max_length, 2)
     limit = sys.maxsize if max_length is None else max_length
     features = {name: List(Value("int32")) for name in TOKEN_COLUMNS}
-    features |= {"length": Value("int32"), "row": Value("int64"), "dropped": Value("string"), "cut": Value("bool")}
+    features |= {"length": Value("int32"), "row": Value("int64"), "dropped": Value("string")}
+    features |= {name: Value("bool") for name in ("cut", "same")}
     features |= {name: Value("float64") for name in pair_columns if name in columns}
     pairs = dataset if is_transformed else dataset.with_format(None).select_columns(columns)
     tokenized = pairs.map(
@@ -102,11 +104,11 @@ def tokenize_pairs(
         desc=desc,
     )
     tokenized = tokenized.with_format(None)
-    reasons, is_cut = tokenized["dropped"][:], tokenized["cut"][:]
+    reasons, is_cut, is_same = (tokenized[name][:] for name in ("dropped", "cut", "same"))
     counts = Counter(reasons)
     if drop_counts is not None:
         drop_counts.update({reason: counts[reason] for reason in (_PROMPT_TOO_LONG, _EMPTY_COMPLETION)})
-    tokenized = tokenized.remove_columns(["dropped", "cut"])
+    tokenized = tokenized.remove_columns(["dropped", "cut", "same"])
     if any(is_cut):
         logger.warning(
             "the last tokens of %d of %d prompts are not in prompt + completion and are left out: the completion "
@@ -114,6 +116,15 @@ def tokenize_pairs(
             "lacks, such as an empty thought, or tokens merge across the boundary, as after a space",
             sum(is_cut),
             len(is_cut),
+        )
+    num_same = sum(same and not reason for same, reason in zip(is_same, reasons, strict=True))
+    if num_same:
+        logger.warning(
+            "%d of %d pairs have the same tokens on both sides (max_length=%s), in which there is no preference to "
+            "learn: remove them, or raise max_length where it leaves the difference out",
+            num_same,
+            len(reasons),
+            max_length,
         )
     num_dropped = len(reasons) - counts[""]
     if num_dropped == 0:
@@ -171,8 +182,8 @@ def _tokenize_pair(
     pair_columns: tuple[str, ...],
     revision: int,
 ) -> dict[str, Any]:
-    """One output row of `tokenize_pairs`, with the reason to drop it, or "", in `dropped`, and in `cut` whether the
-    prompt's end is no part of the sequences."""
+    """One output row of `tokenize_pairs`, with the reason to drop it, or "", in `dropped`; in `cut` whether the
+    prompt's end is no part of the sequences; in `same` whether the completions are of the same tokens."""
     prompt, chosen, rejected = _split_row(row, index)
     if isinstance(prompt, str):
         if tokenizer.eos_token_id is None:
@@ -214,6 +225,7 @@ def _tokenize_pair(
         "row": index,
         "dropped": dropped,
         "cut": prompt_length < len(sequences[0]),
+        "same": chosen == rejected,
     }
 
 
