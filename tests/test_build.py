@@ -171,6 +171,16 @@ def test_dir_lists_the_lazy_exports():
     assert all(getattr(mallowspo, name) is not None for name in dir(mallowspo))
 
 
+def test_type_checkers_see_the_lazy_exports():
+    import mallowspo
+
+    (block,) = (node for node in ast.parse(Path(mallowspo.__file__).read_text()).body if isinstance(node, ast.If)
+                and ast.unparse(node.test) == "TYPE_CHECKING")  # fmt: skip
+    found = {a.asname: n.module for n in block.body for a in n.names if a.asname == a.name}  # so they are re-exported
+    assert found == {name: f"mallowspo.{module}" for name, module in mallowspo._EXPORTS.items()}
+    assert Path(mallowspo.__file__).with_name("py.typed").exists()
+
+
 def test_a_source_distribution_has_all_that_the_build_needs(tmp_path, monkeypatch):
     """Made from a copy, in which setuptools may leave what it likes."""
     copy = tmp_path / "copy"

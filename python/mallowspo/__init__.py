@@ -5,6 +5,7 @@ imported on first use.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -37,6 +38,18 @@ _EXPORTS = {
     "presets": "objective",
 }
 __all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:  # what is exported below, for editors and type checkers, which do not run it
+    from mallowspo.accelerated import AcceleratedRounds as AcceleratedRounds
+    from mallowspo.accelerated import AcceleratedTrainer as AcceleratedTrainer
+    from mallowspo.accelerated import accelerated_rounds as accelerated_rounds
+    from mallowspo.callbacks import GenerationSamples as GenerationSamples
+    from mallowspo.config import MallowsConfig as MallowsConfig
+    from mallowspo.hybrid import HybridTrainer as HybridTrainer
+    from mallowspo.objective import PreferenceObjective as PreferenceObjective
+    from mallowspo.objective import preset as preset
+    from mallowspo.objective import presets as presets
+    from mallowspo.trainer import MallowsTrainer as MallowsTrainer
 
 
 def __getattr__(name):

@@ -6,6 +6,7 @@ The dispersion from other sources, and its scale: :mod:`mallowspo.dispersion`.
 import math
 
 import torch
+from torch import Tensor
 
 from mallowspo.autograd import accumulator_dtype
 from mallowspo.checks import DTYPES, check_alike, check_tensor
@@ -15,7 +16,7 @@ from mallowspo.choices import check_number, check_positive
 ENTROPY_CLAMP = 1e-6
 
 
-def normalised_entropy(chosen_entropy, rejected_entropy, num_outcomes):
+def normalised_entropy(chosen_entropy: Tensor, rejected_entropy: Tensor, num_outcomes: int) -> Tensor:
     """Hbar = (chosen_entropy + rejected_entropy) / (2 log num_outcomes), what :func:`neg_log_dispersion` is made of.
 
     Args:
@@ -38,7 +39,9 @@ def normalised_entropy(chosen_entropy, rejected_entropy, num_outcomes):
     return (chosen_entropy.to(dtype) + rejected_entropy.to(dtype)) / (2 * math.log(num_outcomes))
 
 
-def neg_log_dispersion(chosen_entropy, rejected_entropy, num_outcomes, *, scale=1.0):
+def neg_log_dispersion(
+    chosen_entropy: Tensor, rejected_entropy: Tensor, num_outcomes: int, *, scale: float = 1.0
+) -> Tensor:
     """The paper's estimate of -log phi(x) from the reference model's entropies.
 
     a = -scale * log(Hbar), Hbar of :func:`normalised_entropy` clamped to [ENTROPY_CLAMP, 1 - ENTROPY_CLAMP].

@@ -9,9 +9,10 @@ infinite or NaN raises ValueError; on CUDA, where naming the value would stop th
 and such a dispersion makes its own pair NaN.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from mallowspo.autograd import MallowsLogProbFunction, PreferenceLossFunction, TokenStatsFunction
 from mallowspo.checks import (
@@ -42,19 +43,26 @@ MEMORY_BUDGET = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 class TokenStats(NamedTuple):
     """Log-probability of each label and entropy (nats) of each row's distribution."""
 
-    logps: torch.Tensor
-    entropy: torch.Tensor
+    logps: Tensor
+    entropy: Tensor
 
 
 class PreferenceLoss(NamedTuple):
     """Loss of each pair, unreduced and differentiable, and the detached rewards beta * log-ratio."""
 
-    losses: torch.Tensor
-    chosen_rewards: torch.Tensor
-    rejected_rewards: torch.Tensor
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
 
 
-def token_stats(logits, labels, *, ignore_index=-100, temperature=1.0, inplace_backward=False):
+def token_stats(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    inplace_backward: bool = False,
+) -> TokenStats:
     """Log-probability of the labels and entropy of the softmax, in one pass over the logits.
 
     Args:
@@ -104,18 +112,18 @@ def token_stats(logits, labels, *, ignore_index=-100, temperature=1.0, inplace_b
 
 
 def linear_token_stats(
-    hidden,
-    weight,
-    labels,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
     *,
-    bias=None,
-    low_rank=None,
-    ignore_index=-100,
-    temperature=1.0,
-    softcap=None,
-    chunk_tokens=None,
-    memory_budget=None,
-):
+    bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk_tokens: int | None = None,
+    memory_budget: int | None = None,
+) -> TokenStats:
     """:func:`token_stats` of ``hidden @ weight.T + bias``, without holding more logits than a budget.
 
     Args:
@@ -197,7 +205,7 @@ def linear_token_stats(
     return TokenStats(*(stat.reshape(labels.shape) for stat in flat))
 
 
-def mallows_log_prob(margin, neg_log_dispersion, *, smoothing=1.0):
+def mallows_log_prob(margin: Tensor, neg_log_dispersion: Tensor | float, *, smoothing: float = 1.0) -> Tensor:
     """log g(z; a): the Mallows model's log-probability, under Kendall's distance, that the first response wins.
 
     g(z) = (1 - sgn z) / 2 + sgn(z) [(|z| + 1) / (1 - phi^(|z| + 1)) - |z| / (1 - phi^|z|)], phi = e^-a (Mallows 1957,
@@ -236,24 +244,24 @@ def mallows_log_prob(margin, neg_log_dispersion, *, smoothing=1.0):
 
 
 def preference_loss(
-    chosen_logps,
-    rejected_logps,
-    ref_chosen_logps=None,
-    ref_rejected_logps=None,
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
     *,
-    neg_log_dispersion=None,
-    link="mallows-theta",
-    beta=0.1,
-    gamma=0.0,
-    label_smoothing=0.0,
-    robust=False,
-    smoothing=1.0,
-    focal_gamma=0.0,
-    clip_rejected=False,
-    divergence="reverse-kl",
-    divergence_alpha=0.5,
-    discopop_tau=0.05,
-):
+    neg_log_dispersion: Tensor | None = None,
+    link: str = "mallows-theta",
+    beta: float = 0.1,
+    gamma: float = 0.0,
+    label_smoothing: float = 0.0,
+    robust: bool = False,
+    smoothing: float = 1.0,
+    focal_gamma: float = 0.0,
+    clip_rejected: bool = False,
+    divergence: str = "reverse-kl",
+    divergence_alpha: float = 0.5,
+    discopop_tau: float = 0.05,
+) -> PreferenceLoss:
     """The loss of each preference pair: -log-likelihood of the margin under a link.
 
     r_w = chosen_logps - ref_chosen_logps, r_l likewise, z = beta (r_w - r_l) - gamma, and the loss is
@@ -328,15 +336,15 @@ def preference_loss(
 
 
 def diffusion_preference_loss(
-    chosen_errors,
-    rejected_errors,
-    ref_chosen_errors,
-    ref_rejected_errors,
+    chosen_errors: Tensor,
+    rejected_errors: Tensor,
+    ref_chosen_errors: Tensor,
+    ref_rejected_errors: Tensor,
     *,
-    neg_log_dispersion=None,
-    beta=5000.0,
-    **choices,
-):
+    neg_log_dispersion: Tensor | None = None,
+    beta: float = 5000.0,
+    **choices: Any,
+) -> PreferenceLoss:
     """:func:`preference_loss` of two images under a diffusion model, from the errors of its predicted noise.
 
     With d the mean squared error of an image's predicted noise, z = -K [(d_w - d_l) - (dref_w - dref_l)] - gamma and

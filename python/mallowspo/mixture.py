@@ -1,9 +1,11 @@
 """Several reference models as one: MRPO's weighted harmonic mean (arXiv 2405.16388). Needs torch alone."""
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
+from torch import Tensor
 
 from mallowspo.choices import check_not_negative
 
@@ -11,14 +13,14 @@ _NOTHING = 1e-6  # the authors' guard against references that prefer neither res
 
 
 def mixed_reference_logps(
-    ref_chosen_logps,
-    ref_rejected_logps,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
     *,
-    reference_weights="adaptive",
-    reference_clip=None,
-    adaptive_clip=False,
-    swap_reference_weights=False,
-):
+    reference_weights: str | Sequence[float] = "adaptive",
+    reference_clip: float | None = None,
+    adaptive_clip: bool = False,
+    swap_reference_weights: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each response under the virtual reference 1 / sum_k w_k / ref_k(y).
 
     The first reference is the anchor: the model's own start, as a rule. The form for more than two references is this

@@ -10,6 +10,7 @@ decay, discount and delta. It takes four bytes a token, as the token ids do.
 """
 
 import torch
+from torch import Tensor
 
 from mallowspo.choices import check_not_negative, check_number
 
@@ -18,8 +19,15 @@ _STRIDE, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644
 
 
 def token_weights(
-    token_logps, num_tokens, *, token_decay=1.0, ld_alpha=1.0, draws=None, bridge_delta=0.0, differs=None
-):
+    token_logps: Tensor,
+    num_tokens: Tensor,
+    *,
+    token_decay: float = 1.0,
+    ld_alpha: float = 1.0,
+    draws: Tensor | None = None,
+    bridge_delta: float = 0.0,
+    differs: Tensor | None = None,
+) -> Tensor:
     """The product of four factors, each 1 by default; t = 1, 2, ... counts the tokens of a response.
 
     - D2PO (arXiv 2502.14340): token_decay^t; as in the authors' code the first token already has token_decay^1.
@@ -81,7 +89,7 @@ def check_token_weights(token_decay, ld_alpha, bridge_delta):
     check_not_negative("bridge_delta", bridge_delta, "0: no bridges")
 
 
-def pair_draws(rows, seed, step, stream=0):
+def pair_draws(rows: Tensor, seed: int, step: int, stream: int = 0) -> Tensor:
     """A number for each pair that seeds SamPO's draw: a hash of its row, the seed, the step and the stream.
 
     So a draw depends neither on the batch, the rank or the layout a pair comes in, nor on what else was drawn.

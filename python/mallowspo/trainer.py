@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from mallowspo import functional as F
@@ -75,15 +76,15 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
 
     def __init__(
         self,
-        model,
-        ref_model=None,
-        args=None,
+        model: torch.nn.Module | str | Path,
+        ref_model: torch.nn.Module | str | Path | list | None = None,
+        args: MallowsConfig | None = None,
         *,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         peft_config=None,
-        callbacks=None,
+        callbacks: list[TrainerCallback] | None = None,
         optimizers=(None, None),
     ):
         if not isinstance(args, MallowsConfig | None):
@@ -361,7 +362,7 @@ class MallowsTrainer(WritesModelCard, ReadsReferences, DistributedTrainer):
 
     # ---- per-pair results ------------------------------------------------------------------------------------------
 
-    def score(self, dataset):
+    def score(self, dataset: Dataset) -> dict[str, np.ndarray]:
         """What policy and reference say of every pair.
 
         Args:
