@@ -117,7 +117,11 @@ WRONG_VALUES = [
     *(refused(ValueError, f"softcap .* positive, got {x}$", linear, softcap=x) for x in NOT_POSITIVE),
     *(refused(ValueError, f"beta .* positive, got {x}$", loss, beta=x) for x in NOT_POSITIVE),
     *(refused(ValueError, f"scale .* positive, got {x}$", dispersion, scale=x) for x in NOT_POSITIVE),
-    *(refused(ValueError, f"chunk_tokens .* got {x}$", linear, chunk_tokens=x) for x in (0, -1, 2.5)),
+    *(
+        refused(ValueError, f"{name} .* got {x}$", linear, **{name: x})
+        for name in ("chunk_tokens", "memory_budget")
+        for x in (0, -1, 2.5, True)
+    ),
     *(refused(ValueError, f"at least 2, got {x}$", dispersion, ONE, ONE, x) for x in (1, 0, -3, math.nan)),
     *(refused(ValueError, f"smoothing .* got {x}$", link, smoothing=x) for x in (-0.5, math.nan, math.inf)),
     *(refused(ValueError, f"smoothing .* got {x}$", loss, smoothing=x) for x in (-0.5, math.nan, math.inf)),

@@ -24,7 +24,7 @@ from mallowspo.checks import (
     check_tensor,
     may_overlap,
 )
-from mallowspo.choices import LINKS, MALLOWS_LINKS, check_positive, check_smoothing, operator_settings
+from mallowspo.choices import LINKS, MALLOWS_LINKS, check_count, check_positive, check_smoothing, operator_settings
 from mallowspo.entropy import ENTROPY_CLAMP, neg_log_dispersion, normalised_entropy
 from mallowspo.linear import LinearTokenStatsFunction
 from mallowspo.mixture import mixed_reference_logps
@@ -192,9 +192,8 @@ def linear_token_stats(
     check_positive("temperature", temperature)
     if softcap is not None:
         check_positive("softcap", softcap)
-    for name, value in (("chunk_tokens", chunk_tokens), ("memory_budget", memory_budget)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    check_count("chunk_tokens", chunk_tokens, 1)
+    check_count("memory_budget", memory_budget, 1)
     if memory_budget is None:
         memory_budget = MEMORY_BUDGET[hidden.device.type]
     hidden, down = (None if x is None else x.reshape(labels.numel(), x.shape[-1]) for x in (hidden, down))
