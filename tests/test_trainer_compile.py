@@ -23,6 +23,7 @@ class Graphs(TrainerCallback):
 @pytest.fixture(autouse=True)
 def nothing_compiled(monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", "False")  # as accelerate launch does
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # restored afterwards: TrainingArguments leave theirs set
     torch._dynamo.reset()
     counters.clear()
     yield
