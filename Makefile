@@ -57,8 +57,9 @@ $(EXPERIMENTS): setup
 
 recipes: bandit control dialogue dispersion
 
+# The long files come early by name; by number of tests, as xdist would sort them, a core waits for the last ones.
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 $(VENV)/competitors: $(VENV)/installed
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[test,benchmark]'
