@@ -15,6 +15,16 @@ settings.register_profile("mallowspo", deadline=None, derandomize="CI" in os.env
 settings.load_profile("mallowspo")
 
 
+@pytest.fixture(scope="module")
+def no_progress_bars():
+    """Of `datasets`."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
 @pytest.fixture(params=["as torch multiplies", "in float32"])
 def half_products(request, monkeypatch):
     """Both ways in which linear_token_stats multiplies half precision on a CPU, of which each machine takes one."""

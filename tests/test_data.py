@@ -36,12 +36,7 @@ from tiny_text import (
 
 from mallowspo.data import PAIR_COLUMNS, TOKEN_COLUMNS, tokenize_pairs
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_progress_bars():
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
+pytestmark = pytest.mark.usefixtures("no_progress_bars")
 
 
 @pytest.fixture(params=TOKENIZERS)

@@ -2,7 +2,6 @@
 
 import logging
 
-import datasets
 import pytest
 from datasets import Dataset
 from tiny_text import (
@@ -23,12 +22,7 @@ from tiny_text import (
 
 from mallowspo.data import tokenize_pairs
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_progress_bars():
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
+pytestmark = pytest.mark.usefixtures("no_progress_bars")
 
 
 @pytest.mark.parametrize(
